@@ -1,0 +1,39 @@
+# Each target makes its own environment; Python 3.10 or newer and make are all that has to be there.
+
+PYTHON ?= python3
+ARGS ?=
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test docs clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+	@echo 'PYTHON=... chooses the interpreter, ARGS=... is passed on to reproduce and test.'
+
+reproduce: setup ## Make all runs, logs and figures; picks up where it was stopped
+	.venv/bin/saenb reproduce $(ARGS)
+
+test: setup ## Run the tests, notebooks included
+	.venv/bin/python -m pytest $(ARGS)
+
+docs: setup ## Build the site into _docs/
+	.venv/bin/python docs/build.py
+
+clean: ## Remove what was built, but neither runs/ nor .venv/
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+setup: $(STAMP)
+	@:
+
+$(STAMP): settings.ini setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "saenb needs Python 3.10 or newer, and there is no '$(PYTHON)' here: name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "saenb needs Python 3.10 or newer, and '$(PYTHON)' is older: name another with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "'$(PYTHON)' lacks its venv or ensurepip module: install it (on Debian the package python3-venv) and try again." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,128 @@
+"""Build the site into _docs/: nbdev processes the notebooks, this makes them readable for MyST-NB, Sphinx does the rest."""
+import ast
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import nbformat
+import yaml
+from nbdev.doclinks import _nbpath2html
+from nbdev.serve import proc_nbs
+from sphinx.cmd.build import build_main
+
+DIRECTIVE = re.compile(r"\s*#\|\s*([\w-]+):\s*(.*)")
+# The links that nbdev makes to a symbol's documentation and, in what show_doc prints, to its source and under its name.
+SYMBOL = re.compile(r"\]\(/([\w/-]+)\.html#([\w.]+)\)")
+SHOW_DOC = re.compile(r"---\n+(?:\[source\]\(/blob/\w+/(\S+)#L(\w+)\)\{.*?\}\n+)?(#+ (\S+)\n.*)", re.DOTALL)
+CALLOUT = re.compile(r"^(:{3,}) *\{\.callout-(\w+).*\}", re.MULTILINE)
+ELSEWHERE = re.compile(r"""<(?:script|img|iframe|source|video|audio)\b[^>]*\bsrc=["']?(?:https?:)?//
+                         | <link\b[^>]*\bhref=["']?(?:https?:)?// | @import\s+["'](?:https?:)?//
+                         | url\(["']?(?:https?:)?//""", re.VERBOSE)
+TAGS = {("echo", "false"): "remove-input", ("output", "false"): "remove-output", ("include", "false"): "remove-cell",
+        ("warning", "false"): "remove-stderr", ("code-fold", "true"): "hide-input"}
+
+
+def source(path, line):
+    """Return the definition that starts at a line of a module, folded."""
+    text = Path(path).read_text(encoding="utf-8")
+    node = next(n for n in ast.walk(ast.parse(text)) if hasattr(n, "decorator_list") and n.lineno == line)
+    start = min([line] + [d.lineno for d in node.decorator_list])
+    code = dedent("\n".join(text.splitlines()[start - 1:node.end_lineno]))
+    return f"\n\n<details><summary>Source</summary>\n\n~~~~~~python\n{code}\n~~~~~~\n\n</details>"
+
+
+def show_doc(text, page):
+    """Give what show_doc printed a target for links, and the source itself for a link to it."""
+    match = SHOW_DOC.fullmatch(text)
+    if not match: return text
+    path, line, body, name = match.groups()
+    folded = source(path, int(line)) if line and line.isdigit() else ""
+    body = body.replace("__main__.", "")  # nbdev runs the cells, so their classes are main's to it
+    return f"({page}:{name.lower()})=\n{body}{folded}"
+
+
+def convert_code(cell, page):
+    """Turn a code cell's directives into what MyST-NB knows; `output: asis` makes it the markdown that it printed."""
+    lines, directives = cell.source.splitlines(), {}
+    while lines and (match := DIRECTIVE.match(lines[0])):
+        directives[match[1]] = match[2].strip(" \"'")
+        lines.pop(0)
+    if directives.get("output") == "asis":
+        printed = [o.data["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})]
+        return nbformat.v4.new_markdown_cell("\n\n".join(show_doc(text, page) for text in printed), id=cell.id)
+    cell.source = "\n".join(lines)
+    cell.metadata = {"tags": [tag for (name, value), tag in TAGS.items() if directives.get(name) == value]}
+    caption = directives.get("fig-cap")
+    alt = directives.get("fig-alt", caption or "Drawn by the cell above")
+    cell.metadata["mystnb"] = {"image": {"alt": alt}} | ({"figure": {"caption": caption}} if caption else {})
+    return cell
+
+
+def convert(nb, page):
+    """Turn a notebook that nbdev has processed into one that MyST-NB reads."""
+    front = yaml.safe_load(nb.cells[0].source.strip().strip("-")) if nb.cells[0].cell_type == "raw" else {}
+    head = f"# {front['title']}\n\n{front.get('description', '')}" if "title" in front else ""
+    nb.cells = [nbformat.v4.new_markdown_cell(head)] + [
+        convert_code(cell, page) if cell.cell_type == "code" else cell for cell in nb.cells if cell.cell_type != "raw"]
+    for cell in nb.cells:
+        if cell.cell_type == "markdown": cell.source = CALLOUT.sub(r"\1{\2}", cell.source)
+    nb.metadata = {"kernelspec": {"name": "python3", "display_name": "python3"},
+                   "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+
+
+def link(text, pages, targets):
+    """Point nbdev's links at this site: at the symbol where it is shown, else at its page."""
+    def local(match):
+        target = f"{match[1]}:{match[2]}"
+        return f"](#{target})" if target in targets else f"](/{pages[match[1]]})"
+    return SYMBOL.sub(local, text)
+
+
+def toctree(names):
+    """Return the cell that lists the pages: the notebooks by name, then each folder under its own caption."""
+    folders = {}
+    for name in sorted(names - {"index"}): folders.setdefault(os.path.dirname(name), []).append(name)
+    return nbformat.v4.new_markdown_cell("\n\n".join(
+        f"```{{toctree}}\n:hidden:\n:caption: {(folder or 'notebooks').replace('_', ' ').capitalize()}\n\n"
+        + "\n".join(members) + "\n```" for folder, members in sorted(folders.items())))
+
+
+def main():
+    """Build the site and return the exit status."""
+    os.chdir(Path(__file__).parent.parent)
+    # One process, so that what all the notebooks import is imported once; no cache, so that no page is out of date.
+    folder = proc_nbs(force=True, n_workers=0)
+    notebooks = {path: nbformat.read(path, as_version=4) for path in sorted(folder.rglob("*.ipynb"))}
+    pages = {}  # by the name that nbdev links to: the notebook's without its number, which the site keeps
+    for path, nb in notebooks.items():
+        page = _nbpath2html(path.relative_to(folder)).with_suffix("").as_posix()
+        pages[page] = path.relative_to(folder).as_posix()
+        convert(nb, page)
+    notebooks[folder / "index.ipynb"].cells.append(toctree({name.removesuffix(".ipynb") for name in pages.values()}))
+    markdown = [cell for nb in notebooks.values() for cell in nb.cells if cell.cell_type == "markdown"]
+    targets = {name for cell in markdown for name in re.findall(r"^\((\S+)\)=$", cell.source, re.MULTILINE)}
+    for path, nb in notebooks.items():
+        for cell in nb.cells:
+            if cell.cell_type == "markdown": cell.source = link(cell.source, pages, targets)
+            for output in cell.get("outputs", []):
+                if "text/markdown" in output.get("data", {}):
+                    output.data["text/markdown"] = link(output.data["text/markdown"], pages, targets)
+        nbformat.write(nb, path)
+
+    site = folder / ".sphinx/html"  # MyST-NB leaves a folder of its own beside this one
+    status = build_main(["-W", "--keep-going", "-q", "-c", "docs", "-d", f"{site}/../doctrees", str(folder), str(site)])
+    for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
+        for match in ELSEWHERE.finditer(path.read_text(encoding="utf-8")):
+            print(f"{path} loads from another host: {match[0]}", file=sys.stderr)
+            status = 1
+    if status == 0:
+        shutil.rmtree("_docs", ignore_errors=True)
+        shutil.move(site, "_docs")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Sphinx settings of the site; docs/build.py prepares the pages and starts the build."""
+from configparser import ConfigParser
+from pathlib import Path
+
+settings = ConfigParser()
+settings.read(Path(__file__).parent.parent / "settings.ini", encoding="utf-8")
+project = html_title = settings["DEFAULT"]["title"]
+author = settings["DEFAULT"]["author"]
+version = release = settings["DEFAULT"]["version"]
+copyright = author
+
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]  # the last brings MathJax into the site
+nb_execution_mode = "off"  # the notebooks hold their outputs
+nb_ipywidgets_js = {}  # no notebook shows a widget, and these scripts would come from another host
+nb_render_markdown_format = "myst"
+myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath", "html_image"]
+myst_heading_anchors = 4
+suppress_warnings = ["myst.header"]  # show_doc heads with ### whatever level comes before
+
+templates_path = ["_templates"]
+html_theme = "pydata_sphinx_theme"
+html_sidebars = {"**": ["all-pages.html"]}
+html_theme_options = {
+    "navbar_center": [],
+    "navbar_end": ["theme-switcher"],
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+html_copy_source = html_show_sourcelink = False
