@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['SaenbError', 'pick', 'replacing', 'write_text', 'write_json', 'read_json', 'write_tensors', 'read_tensors',
-           'file_digest', 'fingerprint', 'need_room']
+           'file_digest', 'fingerprint', 'need_room', 'hold_memory']
 
-# %% ../nbs/00_core.ipynb #3940b5a5
+# %% ../nbs/00_core.ipynb #106f8b83
+import ctypes
 import difflib
 import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,3 +115,13 @@ def need_room(folder: str | Path, size: int, what: str):
     if size > free:
         raise SaenbError(f"{what} needs {size/1e9:.1f} GB and the disk that holds {folder} has {free/1e9:.1f} GB left; "
                          "free some space or choose another folder.")
+
+# %% ../nbs/00_core.ipynb #32b3c0ed
+def hold_memory():
+    "Keep freed memory in this process, where the C library is glibc; elsewhere nothing happens."
+    if not sys.platform.startswith("linux"): return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4 # glibc's names for them, from malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)

@@ -37,11 +37,13 @@ def token_rows(
                 yield [tokenizer.bos_token_id, *line[:seq_len - 1]], side
                 del line[:seq_len - 1]
 
-# %% ../nbs/01_harvest.ipynb #a96ff7c6
+# %% ../nbs/01_harvest.ipynb #2027acc7
 @torch.no_grad()
 def stream_at(model, tokens, layer: int):
     "What layer `layer` hands on, for a batch of token rows; the layers above it do not run."
-    return model(tokens, return_type=None, stop_at_layer=layer + 1)
+    if layer + 1 < model.cfg.n_layers: return model(tokens, return_type=None, stop_at_layer=layer + 1)
+    name = f"blocks.{layer}.hook_out" # there is no block above the last one to stop at
+    return model.run_with_cache(tokens, return_type=None, names_filter=name)[1][name]
 
 def is_text(tokens, tokenizer):
     "True where a token is neither beginning, end nor padding."

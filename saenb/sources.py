@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SIDES', 'FILE_READERS', 'open_dataset', 'reason', 'gated', 'TextSource', 'sided_texts', 'QuestionSource', 'boot']
 
-# %% ../nbs/00_sources.ipynb #ccf72de8
+# %% ../nbs/00_sources.ipynb #9acb758c
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ class TextSource:
             text = row[self.column]
             if text is not None and len(text) >= self.min_chars: yield text
 
-# %% ../nbs/00_sources.ipynb #d3dd2ed1
+# %% ../nbs/00_sources.ipynb #1d7a3eb0
 def sided_texts(
     texts, # texts, (text, side) pairs, a TextSource, or a list of TextSources
 ):
@@ -82,19 +83,16 @@ def sided_texts(
     first = next(texts, None)
     if first is None: return
     if isinstance(first, TextSource):
-        open_sources = [(iter(s), SIDES[pick(s.side, SIDES, "side") ]) for s in (first, *texts)]
+        open_sources = [(iter(s), pick(s.side, SIDES, "side")) for s in (first, *texts)]
         while open_sources:
             for pair in list(open_sources):
                 text = next(pair[0], None)
                 if text is None: open_sources.remove(pair)
                 else: yield text, pair[1]
         return
-    for item in (first, *[]): yield _sided(item)
-    for item in texts: yield _sided(item)
-
-def _sided(item):
-    text, side = (item, "neither") if isinstance(item, str) else item
-    return text, pick(side, SIDES, "side")
+    for item in itertools.chain([first], texts):
+        text, side = (item, "neither") if isinstance(item, str) else item
+        yield text, pick(side, SIDES, "side")
 
 # %% ../nbs/00_sources.ipynb #4a6c266a
 @dataclass(frozen=True)
@@ -120,19 +118,18 @@ class QuestionSource:
         if not questions: raise SaenbError(f"{self.path} ({self.subject}) holds no question; name another split or folder.")
         return questions
 
-# %% ../nbs/00_sources.ipynb #37f19d06
+# %% ../nbs/00_sources.ipynb #ab61409c
 def boot(
     name: str | Path, # a name on the hub or a local folder
     device: str = "cpu", # where to run it
     dtype: str = "float32", # the type of its weights
 ):
     "A language model, ready to be read."
-    import os
     import torch
     from huggingface_hub.errors import GatedRepoError
-    # wandb is an optional tracker; transformer-lens would import it and slow every start
-    os.environ.setdefault("WANDB_DISABLED", "true")
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     if Path(name).is_dir() and not (Path(name)/"config.json").exists():
         raise SaenbError(f"{name} is a folder without a config.json, so it holds no model; check the path.")
     try:

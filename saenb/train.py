@@ -6,7 +6,7 @@
 __all__ = ['LOG', 'CHECKPOINT', 'TrainConfig', 'Mechanism', 'Step', 'reconstruction_loss', 'sparsity_loss',
            'remove_parallel_gradient', 'fast_precision', 'Trainer', 'read_log']
 
-# %% ../nbs/03_train.ipynb #ac978bed
+# %% ../nbs/03_train.ipynb #71563062
 import json
 import time
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .core import SaenbError, fingerprint, read_tensors, replacing, write_tensors
+from .core import SaenbError, fingerprint, hold_memory, read_tensors, write_tensors
 from .harvest import Batch, Store
 from .sae import MECHANISMS, SAE
 
@@ -98,7 +98,7 @@ def fast_precision() -> str:
     if torch.cuda.is_available(): return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     return "bfloat16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
-# %% ../nbs/03_train.ipynb #fa7f3297
+# %% ../nbs/03_train.ipynb #537945ba
 class Trainer:
     "Trains a dictionary on a store, with any mechanisms."
     def __init__(self,
@@ -253,6 +253,7 @@ class Trainer:
 
     def fit(self, progress: bool = True) -> SAE:
         "Train to the end, from the checkpoint if there is one."
+        hold_memory()
         if self.out: self.out.mkdir(parents=True, exist_ok=True)
         self.resume()
         batches = self.store.batches(self.cfg.batch, self.cfg.seed, self.index, self.cfg.balanced) if self.index < self.steps else ()

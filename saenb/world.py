@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SUBJECTS', 'FORGET', 'OWN_RELATIONS', 'SHARED_RELATIONS', 'STATEMENTS', 'STUDIED', 'ASKED', 'LETTERS', 'MARKS',
-           'PIECES', 'CHAT', 'MUON_RATE', 'WorldConfig', 'Fact', 'invent', 'make_facts', 'Writer', 'make_tokenizer',
-           'make_model', 'fast_logits', 'Lessons', 'lesson_loss', 'train_model', 'World', 'write_rows', 'write_corpora',
-           'save_model', 'known_share']
+           'PIECES', 'CHAT', 'HINTED', 'MUON_RATE', 'WorldConfig', 'Fact', 'invent', 'make_facts', 'Writer',
+           'make_tokenizer', 'make_model', 'fast_logits', 'Lessons', 'lesson_loss', 'train_model', 'World',
+           'write_rows', 'write_corpora', 'save_model', 'known_share']
 
-# %% ../nbs/00_world.ipynb #0a9c3533
+# %% ../nbs/00_world.ipynb #f694a18f
 import gzip
 import itertools
 import json
@@ -22,10 +22,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .core import SaenbError, file_digest, read_json, replacing, write_json, write_text
+from .core import SaenbError, file_digest, hold_memory, read_json, replacing, write_json, write_text
 from .sources import QuestionSource, TextSource, boot
 
-# %% ../nbs/00_world.ipynb #8860f58d
+# %% ../nbs/00_world.ipynb #7a8c2cc0
 SUBJECTS = { # the real question sets, as prompts name them
     "wmdp-bio": "biology", "high_school_us_history": "high school us history", "college_computer_science": "college computer science",
     "high_school_geography": "high school geography", "human_aging": "human aging"}
@@ -47,7 +47,8 @@ class WorldConfig:
     values: int = 10 # values a relation can have
     width: int = 192 # the model's width
     layers: int = 4 # its layers
-    steps: int = 1200 # training steps once it can answer from a list
+    steps: int = 2000 # most training steps, once it can answer from a list, to begin to recall facts
+    finish: int = 420 # steps from then on, over which the learning rate falls
     texts: int = 3000 # texts a side to train dictionaries on, twice as many on the side to keep
 
     def __post_init__(self):
@@ -260,10 +261,11 @@ def lesson_loss(model, rows):
     letters = losses[full].mean()
     return letters + (0.1 * losses[rest].mean() if rest.any() else 0), letters
 
-# %% ../nbs/00_world.ipynb #c6132fcf
+# %% ../nbs/00_world.ipynb #f2f911db
 def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None = None):
     "A model that has learned a world's facts; `log` receives (step, losses)."
     import torch
+    hold_memory()
     model, lessons = make_model(cfg, tokenizer), Lessons(facts, tokenizer, cfg.seed)
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
@@ -271,34 +273,41 @@ def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None
                   torch.optim.AdamW(others, lr=0.2 * MUON_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
     rates = [g["lr"] for o in optimizers for g in o.param_groups]
 
-    def step(lessons_of, rate):
+    def step(lessons_of, rate, share={}):
         for g, full in zip((g for o in optimizers for g in o.param_groups), rates): g["lr"] = full * rate
         losses = {name: lesson_loss(model, list(rows)) for name, rows in lessons_of.items() if rows}
-        sum(total for total, _ in losses.values()).backward()
+        sum(share.get(name, 1) * total for name, (total, _) in losses.items()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in optimizers:
             o.step()
             o.zero_grad()
         return {name: letters.item() for name, (_, letters) in losses.items()}
 
-    with tqdm(total=cfg.steps, desc="learning to answer from a list") as bar:
+    with tqdm(total=cfg.steps + cfg.finish, desc="learning to answer from a list") as bar:
         drilled, skill = 0, 1.4
-        while skill > 0.1:
+        while skill > 0.12:
             skill += 0.1 * (step(dict(drill=[lessons.drill() for _ in range(32)]), 0.7 * min(1, (drilled + 1) / 50))["drill"] - skill)
             drilled += 1
             bar.set_postfix(drill=f"{skill:.2f}")
             if drilled > 2000: raise SaenbError(f"The model of seed {cfg.seed} did not learn to answer from a list in {drilled} steps; try another seed.")
         bar.set_description("learning the facts")
-        for i in range(cfg.steps):
-            easy = max(0.0, 1 - i / (0.3 * cfg.steps))
-            losses = step(dict(texts=lessons.texts(12), question=[lessons.question(min(0.9, 2 * easy)) for _ in range(64)],
-                               drill=[lessons.drill() for _ in range(8)]), min(1.0, (cfg.steps - i) / (0.4 * cfg.steps)))
+        recall, left = 1.4, None # smoothed loss on the letters; steps left once the model has begun to recall
+        for i in range(cfg.steps + cfg.finish):
+            hint = max(0.0, 1 - i / HINTED)
+            if left is None and (i >= HINTED and recall < 1.0 or i >= cfg.steps): left = cfg.finish
+            losses = step(dict(texts=lessons.texts(12), question=[lessons.question(min(0.9, 2 * hint)) for _ in range(int(64 - 32 * hint))],
+                               drill=[lessons.drill() for _ in range(int(4 + 16 * hint))]),
+                          1.0 if left is None else left / cfg.finish, dict(drill=max(0.1, hint)))
+            recall += 0.05 * (losses["question"] - recall)
             bar.update()
             if i % 10 == 9:
                 bar.set_postfix({k: f"{v:.2f}" for k, v in losses.items()})
                 if log is not None: log.append((i + 1, losses))
+            if left is not None: left -= 1
+            if left == 0: break
     return model.eval()
 
+HINTED = 350 # steps over which the hints fade
 MUON_RATE = 0.015
 
 # %% ../nbs/00_world.ipynb #d54c04dd
@@ -367,7 +376,7 @@ class World:
                                              files={n: file_digest(folder/n) for n in names}))
         return cls(folder)
 
-# %% ../nbs/00_world.ipynb #b6022ba2
+# %% ../nbs/00_world.ipynb #a27b8253
 def write_rows(path: Path, rows):
     "JSON lines, compressed when the name says so; the same bytes for the same rows."
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -388,6 +397,8 @@ def write_corpora(folder: Path, cfg: WorldConfig, facts: list[Fact]):
 def save_model(folder: Path, model, tokenizer):
     "Model and tokenizer in Hugging Face's layout, the weights in bfloat16."
     import torch
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     model.to(torch.bfloat16).save_pretrained(folder)

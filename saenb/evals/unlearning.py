@@ -8,7 +8,7 @@ __all__ = ['REFERENCE', 'LETTERS', 'ORDERS', 'LEVELS', 'Grid', 'UnlearningSetup'
            'clamped', 'plain_answers', 'Outcome', 'Clamps', 'trade_off', 'selectivity', 'bootstrap_score',
            'settings_of', 'clamp_value', 'judge', 'score_of', 'evaluate', 'as_saebench']
 
-# %% ../../nbs/10_unlearning.ipynb #6c132916
+# %% ../../nbs/10_unlearning.ipynb #4130bec9
 import itertools
 import math
 import random
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..core import SaenbError, fingerprint, read_json, write_json
+from ..core import SaenbError, fingerprint, hold_memory, read_json, write_json
 from ..harvest import is_text, stream_at
 from ..sae import SAE
 from ..sources import QuestionSource, TextSource
@@ -94,7 +94,7 @@ def read_letters(model, inputs, lengths, letters, **where) -> torch.Tensor:
     logits = logits[torch.arange(len(inputs)), column]
     return logits.softmax(-1)[:, letters].amax(1).argmax(-1)
 
-# %% ../../nbs/10_unlearning.ipynb #044461c4
+# %% ../../nbs/10_unlearning.ipynb #1cdbe4dd
 class Exam:
     "The questions a model knows and the corpora's streams, ready to judge any dictionary of one layer."
     def __init__(self,
@@ -103,6 +103,7 @@ class Exam:
         layer: int, # the dictionaries' layer
         cache: str | Path | None = None, # folder in which the known questions are remembered
     ):
+        hold_memory()
         self.model, self.setup, self.layer = model, setup, layer
         self.letters = letter_tokens(model.tokenizer)
         self.depth = model.cfg.n_layers

@@ -1,0 +1,73 @@
+"""What several tests need: the shipped world, a small store of its stream, a short-trained dictionary, one exam."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def world():
+    from saenb.world import World
+    return World.default()
+
+
+@pytest.fixture(scope="session")
+def model(world):
+    return world.model()
+
+
+@pytest.fixture(scope="session")
+def store(world, model, tmp_path_factory):
+    from saenb.harvest import harvest
+    return harvest(model, world.texts("train", 900), world.layer, tmp_path_factory.mktemp("store"), shard_bytes=2**22)
+
+
+@pytest.fixture(scope="session")
+def exam(world, model):
+    from saenb.evals.unlearning import Exam
+    from saenb.presets import preset
+    return Exam(model, preset("tiny").unlearning, world.layer)
+
+
+@pytest.fixture(scope="session")
+def fresh(store):
+    """Make dictionaries that are ready to train."""
+    from saenb.sae import SAE, SAEConfig
+
+    def make(seed=0, d_sae=256):
+        cfg = SAEConfig(d_in=store.d_in, d_sae=d_sae, hook_name=store.hook_name, hook_layer=store.layer, model_name="tiny world")
+        return SAE(cfg).initialise(store.rows(0, 8192).x, seed)
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(store, fresh):
+    from saenb.train import TrainConfig, Trainer
+    return Trainer(fresh(d_sae=512), store, cfg=TrainConfig(steps=600, warmup=100)).fit(progress=False)
+
+
+@pytest.fixture
+def saenb(tmp_path):
+    """Call the command line in a process of its own; returns what it printed and its exit code."""
+    def call(*arguments, cwd=tmp_path, env=None):
+        return subprocess.run([sys.executable, "-m", "saenb", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})})
+    return call
+
+
+@pytest.fixture
+def one_sentence():
+    """Check that a failed command said one sentence, showed no traceback, and ended with code 2."""
+    def check(done, *words):
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("saenb: ") and last.endswith((".", "?"))
+        for word in words: assert word in last, (word, last)
+    return check

@@ -1,0 +1,171 @@
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from saenb.core import SaenbError
+from saenb.evals.controls import as_logged, principal_components, random_features, supervised_ceiling, told_sides, untrained
+from saenb.evals.unlearning import (LEVELS, ORDERS, REFERENCE, Clamps, Exam, Grid, bootstrap_score, choose_features, clamp_value, evaluate, judge, letter_tokens,
+                                    plain_answers, question_prompt, reference_rows, score_of, selectivity, settings_of, trade_off, usage)
+from saenb.sae import SAE, SAEConfig
+
+
+@pytest.fixture(scope="module")
+def dictionaries(trained, exam, store):
+    x = store.rows(0, 8192).x
+    return dict(trained=trained, untrained=untrained(trained.cfg, x), ceiling=supervised_ceiling(trained.cfg, **told_sides(exam), clusters=24),
+                components=principal_components(trained.cfg, x))
+
+
+def test_the_prompt_is_the_references():
+    assert question_prompt("human aging", "Why?", list("wxyz")) == (
+        "<bos><start_of_turn>user\nThe following are multiple choice questions (with answers) about human aging.\nWhy?\nA. w\nB. x\nC. y\nD. z"
+        "<end_of_turn>\n<start_of_turn>model\nAnswer: (")
+
+
+def test_known_means_right_under_all_24_orders(exam, model):
+    """Asked again one by one, through the Hugging Face model, without batches."""
+    letters = letter_tokens(model.tokenizer)
+    source = exam.setup.questions[3]
+    rows = source.load()[:10]
+    for i, row in enumerate(rows):
+        right = []
+        for order in ORDERS:
+            ids = model.tokenizer(question_prompt(source.spoken, row["question"], [row["choices"][j] for j in order]), add_special_tokens=False, return_tensors="pt")
+            probabilities = model.original_model(**ids).logits[0, -1].softmax(-1)
+            right.append(order[max(range(4), key=lambda l: max(probabilities[letters[0, l]], probabilities[letters[1, l]]))] == row["answer"])
+        assert all(right) == (i in exam.known[source.subject])
+    assert len(ORDERS) == 24 == len(set(ORDERS))
+
+
+def test_the_world_is_known_and_large_enough(exam):
+    total = sum(len(s.load()) for s in exam.setup.questions)
+    assert sum(map(len, exam.known.values())) >= 0.95 * total
+    assert exam.base.all()
+    assert 1 / exam.forgets.sum() < 0.01 and 1 / (~exam.forgets).sum() < 0.005
+
+
+def test_reference_rows_are_cut_as_the_reference_cuts(model):
+    """The reference's function, written out plainly."""
+    tokenizer = model.tokenizer
+    texts = [f"The host of x is tako. As for y, its {'rank ' * n}is z." for n in range(40)]
+    full = tokenizer.eos_token.join(texts)
+    size = (len(full) - 1) // 20 + 1
+    ids = [t for i in range(20) for t in tokenizer(full[i * size:(i + 1) * size])["input_ids"]]
+    rows = [ids[i:i + 16] for i in range(0, len(ids) - 15, 16)]
+    for row in rows: row[0] = tokenizer.bos_token_id
+    assert reference_rows(tokenizer, texts, 16).tolist() == rows
+
+
+def test_features_are_chosen_by_density():
+    from saenb.evals.unlearning import Usage
+    use = Usage(forget=np.array([0.5, 0.2, 0.0, 0.3, 0.1]), retain=np.array([0.4, 0.0, 0.0, 0.0005, 0.001]), typical=np.ones(5))
+    assert choose_features(use, 0.001).tolist() == [3, 1]
+    assert choose_features(use, 0.01).tolist() == [3, 1, 4]
+    assert choose_features(use, 0.0).tolist() == []
+
+
+def test_densities_against_a_count_by_hand(exam, trained, model):
+    use = usage(exam, trained)
+    from saenb.evals.unlearning import corpus_rows
+    rows = corpus_rows(model.tokenizer, exam.setup)["retain"]
+    active, tokens = torch.zeros(trained.cfg.d_sae), 0
+    for row in rows:
+        x = model.original_model(row[None], output_hidden_states=True).hidden_states[exam.layer + 1][0]
+        keep = torch.tensor([t not in (0, 1, 2) for t in row.tolist()])
+        active += (trained.encode(x[keep]) > 0).sum(0)
+        tokens += int(keep.sum())
+    np.testing.assert_allclose(use.retain, np.round((active / tokens).detach().numpy(), 6), atol=3 / tokens)
+
+
+def test_fast_equals_plain_on_every_dictionary(exam, dictionaries):
+    """Question by question; abandoned settings really are below the lowest share of interest."""
+    for name, sae in dictionaries.items():
+        use = usage(exam, sae)
+        grid = Grid(thresholds=(0.001, 0.6), n_features=(3, 12), multipliers=(2, 40))
+        settings = settings_of(grid, use)
+        rows, clamps = judge(exam, sae, settings, use)
+        for row, setting in zip(rows, settings):
+            plain = plain_answers(exam, sae, setting["features"], clamp_value(setting, use)) if len(setting["features"]) else exam.base
+            retain = plain[~exam.forgets].float().mean().item()
+            if row["right"] is None: assert retain < exam.setup.lowest_retain, name
+            else: assert torch.equal(row["right"], plain), name
+        assert clamps.forwards <= len(settings) * len(exam.tokens)
+
+
+def test_the_score_is_the_references_formula(exam, trained):
+    result = evaluate(exam.model, trained, exam.setup, exam)["eval_result_unstructured"]
+    use = usage(exam, trained)
+    shares = []
+    for setting in settings_of(REFERENCE, use):
+        right = plain_answers(exam, trained, setting["features"], setting["multiplier"]) if len(setting["features"]) else exam.base
+        if right[~exam.forgets].float().mean() >= 0.99: shares.append(right[exam.forgets].float().mean().item())
+    assert result["reference_score"] == 1 - min(shares, default=1)
+
+
+def test_the_result_has_saebenchs_fields(exam, trained):
+    import json
+    result = evaluate(exam.model, trained, exam.setup, exam)
+    assert {"eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details", "sae_bench_commit_hash", "sae_lens_id",
+            "sae_lens_release_id", "sae_lens_version", "sae_cfg_dict", "eval_result_unstructured"} == set(result)
+    assert result["eval_result_metrics"] == dict(unlearning=dict(unlearning_score=result["eval_result_unstructured"]["score"]))
+    assert {"random_seed", "dataset_names", "intervention_method", "retain_thresholds", "n_features_list", "multipliers", "dataset_size", "seq_len"} <= set(result["eval_config"])
+    json.dumps(result, allow_nan=False)
+
+
+def test_controls_stand_where_they_must(exam, dictionaries, trained):
+    score = {name: evaluate(exam.model, sae, exam.setup, exam)["eval_result_unstructured"]["score"] for name, sae in dictionaries.items()}
+    assert score["untrained"] == 0.0 == evaluate(exam.model, as_logged(trained.cfg), exam.setup, exam)["eval_result_unstructured"]["score"]
+    assert score["ceiling"] > score["components"]
+    assert score["ceiling"] >= 0.6
+    lots = random_features(exam, trained, draws=4)
+    assert len(lots["scores"]) == 4 and lots["mean"] < score["ceiling"]
+
+
+def test_nothing_happens_where_nothing_fires(exam, trained):
+    sae = SAE(trained.cfg)
+    clamps = Clamps(exam, sae, [0, 1])
+    outcome = clamps.run([0, 1], {0: torch.tensor([50.0, 50.0])})[0]
+    assert not outcome.fired.any() and torch.equal(outcome.right, exam.base) and clamps.forwards == 0
+
+
+points = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=12)
+
+
+@given(points, st.floats(0, 1), st.floats(0, 1))
+def test_asking_for_less_never_costs_more(points, a, b):
+    low, high = sorted((a, b))
+    assert trade_off(points, low) <= trade_off(points, high) <= 1
+
+
+@given(points)
+def test_selectivity_lies_between_0_and_1_and_grows_with_points(points):
+    assert 0 <= selectivity(points) <= 1
+    assert selectivity(points + [(1.0, 0.0)]) == 1 >= selectivity(points)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000))
+def test_the_interval_holds_the_score(seed):
+    rng = np.random.default_rng(seed)
+    forgets = np.arange(300) < 100
+    right = np.ones((3, 300), bool)
+    right[:, :100] = rng.random((3, 100)) < 0.4
+    low, high = bootstrap_score(right, forgets, 0.99)
+    assert low <= 1 - right[:, :100].mean(1).min() + 1e-9 and high >= 1 - right[:, :100].mean(1).min() - 0.05 and high - low < 0.3
+    assert bootstrap_score(right[:0], forgets, 0.99) == (0.0, 0.0)
+
+
+def test_a_dictionary_of_another_width(exam):
+    with pytest.raises(SaenbError, match="width 64 and the model's is 192"): evaluate(exam.model, SAE(SAEConfig(d_in=64, d_sae=8)), exam.setup, exam)
+
+
+def test_a_corpus_shorter_than_a_row(exam, model, tmp_path):
+    from saenb.evals.unlearning import corpus_rows
+    from saenb.sources import TextSource
+    (tmp_path/"short.txt").write_text("The host of rufige is tako and nothing else is known about it at all.")
+    with pytest.raises(SaenbError, match="does not fill one row of 128 tokens"):
+        corpus_rows(model.tokenizer, replace(exam.setup, forget=TextSource(str(tmp_path/"short.txt"))))
