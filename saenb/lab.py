@@ -181,7 +181,7 @@ def controls(preset: str = "tiny", seed: int = 0, out: str | Path = "runs") -> d
     write_json(path, {name: found[name] for name in order})
     return read_json(path, "controls")
 
-# %% ../nbs/21_lab.ipynb #e2f6fe93
+# %% ../nbs/21_lab.ipynb #59f41f97
 def reproduce(
     experiments: list[str] = (), # some experiments; none means all
     preset: str = "tiny", # the preset's name
@@ -191,11 +191,15 @@ def reproduce(
 ) -> tuple[list[Record], list[Path]]:
     "Make all records, controls and figures that are not there yet."
     setting = find_preset(preset)
+    if seeds == 0: raise SaenbError("With 0 seeds there is nothing to make; ask for 1 or more.")
     chosen = [r for r in RUNS.values() if not experiments or r.experiment in experiments]
     records = []
     for seed in range(seeds or setting.seeds):
         for definition in chosen:
             records.append(run(definition.id, preset, seed, out))
+            print(records[-1])
+        for change in setting.sweep if any(r.id == "orthogonality/0" for r in chosen) else ():
+            records.append(run("orthogonality/0", preset, seed, out, change=change))
             print(records[-1])
         controls(preset, seed, out)
     root = Path(out)/setting.name

@@ -14,7 +14,7 @@ from .evals.unlearning import Grid, UnlearningSetup
 from .sources import QuestionSource, TextSource
 from .train import TrainConfig
 
-# %% ../nbs/20_presets.ipynb #ee0bca55
+# %% ../nbs/20_presets.ipynb #f49bc234
 SUBJECTS = ("wmdp-bio", "high_school_us_history", "college_computer_science", "high_school_geography", "human_aging")
 
 @dataclass(frozen=True)
@@ -31,11 +31,12 @@ class Preset:
     seeds: int = 1 # seeds that `reproduce` makes of each run
     seq_len: int = 128 # context length
     harvest_tokens: int | None = None # tokens in the store; None reads all the texts
+    sweep: tuple[dict, ...] = () # changes to the baseline that show what the evaluation can tell apart
     store_dtype: str = "float32" # type of the stream on disk
     model_dtype: str = "float32" # type of the model's weights
 
-# %% ../nbs/20_presets.ipynb #25d8d834
-TINY_GRID = Grid(thresholds=(0.0002, 0.001, 0.005, 0.02), n_features=(1, 2, 5, 10, 20, 40), multipliers=(1, 3, 10), typical=True)
+# %% ../nbs/20_presets.ipynb #8d483450
+TINY_GRID = Grid(thresholds=(0.001, 0.005, 0.01, 0.02), n_features=(1, 3, 10, 30), multipliers=(2, 5, 15), typical=True)
 
 def tiny() -> Preset:
     "The embedded world: every run in well under a minute."
@@ -49,7 +50,8 @@ def tiny() -> Preset:
 
 def tiny_full() -> Preset:
     "The embedded world at the length the reports are made of."
-    return replace(tiny(), name="tiny-full", training=TrainConfig(steps=4000), seeds=3)
+    return replace(tiny(), name="tiny-full", training=TrainConfig(steps=3000), seeds=3,
+                   sweep=(dict(steps=300), dict(sparsity_penalty=0.01), dict(sparsity_penalty=0.16), dict(d_sae=1536)))
 
 # %% ../nbs/20_presets.ipynb #b8e74913
 def gemma() -> Preset:

@@ -78,7 +78,7 @@ class Step:
     @property
     def side(self): return self.batch.side
 
-# %% ../nbs/03_train.ipynb #6161b871
+# %% ../nbs/03_train.ipynb #11b90d4d
 def reconstruction_loss(x, reconstruction, scale):
     "Squared error in units of the stream's variance."
     return (reconstruction - x).pow(2).sum(1).mean() / scale**2
@@ -93,12 +93,14 @@ def remove_parallel_gradient(sae: SAE):
     along = (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True)
     sae.W_dec.grad.addcmul_(along, sae.W_dec, value=-1)
 
-def fast_precision() -> str:
-    "bfloat16 where the processor multiplies it natively, float32 elsewhere."
+def fast_precision(d_in: int, d_sae: int) -> str:
+    "bfloat16 where the processor multiplies it natively and the products are large enough to pay for the casts."
+    if d_in * d_sae < 2**20: return "float32"
     if torch.cuda.is_available(): return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if native else "float32"
 
-# %% ../nbs/03_train.ipynb #537945ba
+# %% ../nbs/03_train.ipynb #1e85ae11
 class Trainer:
     "Trains a dictionary on a store, with any mechanisms."
     def __init__(self,
@@ -163,7 +165,7 @@ class Trainer:
     def _with(self, hook): return [m for m in self.mechanisms if getattr(m, hook)]
 
     def _products(self):
-        precision = fast_precision() if self.cfg.precision == "auto" else self.cfg.precision
+        precision = fast_precision(self.sae.cfg.d_in, self.sae.cfg.d_sae) if self.cfg.precision == "auto" else self.cfg.precision
         return torch.autocast(self.sae.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
     def _note(self, step, loss):

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .core import SaenbError, file_digest, hold_memory, read_json, replacing, write_json, write_text
 from .sources import QuestionSource, TextSource, boot
 
-# %% ../nbs/00_world.ipynb #7a8c2cc0
+# %% ../nbs/00_world.ipynb #14b67747
 SUBJECTS = { # the real question sets, as prompts name them
     "wmdp-bio": "biology", "high_school_us_history": "high school us history", "college_computer_science": "college computer science",
     "high_school_geography": "high school geography", "human_aging": "human aging"}
@@ -47,8 +47,9 @@ class WorldConfig:
     values: int = 10 # values a relation can have
     width: int = 192 # the model's width
     layers: int = 4 # its layers
-    steps: int = 2000 # most training steps, once it can answer from a list, to begin to recall facts
-    finish: int = 420 # steps from then on, over which the learning rate falls
+    drills: int = 2000 # most training steps to learn to answer from a list
+    steps: int = 2000 # most steps from then on to begin to recall facts
+    finish: int = 420 # steps from there, over which the learning rate falls
     texts: int = 3000 # texts a side to train dictionaries on, twice as many on the side to keep
 
     def __post_init__(self):
@@ -261,7 +262,7 @@ def lesson_loss(model, rows):
     letters = losses[full].mean()
     return letters + (0.1 * losses[rest].mean() if rest.any() else 0), letters
 
-# %% ../nbs/00_world.ipynb #f2f911db
+# %% ../nbs/00_world.ipynb #42bae53f
 def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None = None):
     "A model that has learned a world's facts; `log` receives (step, losses)."
     import torch
@@ -285,11 +286,10 @@ def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None
 
     with tqdm(total=cfg.steps + cfg.finish, desc="learning to answer from a list") as bar:
         drilled, skill = 0, 1.4
-        while skill > 0.12:
+        while skill > 0.12 and drilled < cfg.drills:
             skill += 0.1 * (step(dict(drill=[lessons.drill() for _ in range(32)]), 0.7 * min(1, (drilled + 1) / 50))["drill"] - skill)
             drilled += 1
             bar.set_postfix(drill=f"{skill:.2f}")
-            if drilled > 2000: raise SaenbError(f"The model of seed {cfg.seed} did not learn to answer from a list in {drilled} steps; try another seed.")
         bar.set_description("learning the facts")
         recall, left = 1.4, None # smoothed loss on the letters; steps left once the model has begun to recall
         for i in range(cfg.steps + cfg.finish):

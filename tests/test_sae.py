@@ -35,6 +35,7 @@ def test_initialisation_comes_from_data_and_seed(fresh, store):
     torch.testing.assert_close(sae.b_dec.data, x.mean(0))
     assert abs(sae.cfg.scale - (x - x.mean(0)).norm(dim=1).pow(2).mean().sqrt().item()) < 1e-3
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.cfg.d_sae))
+    assert abs((sae.encode(x) > 0).float().mean().item() - 0.05) < 0.02
     assert sae.fingerprint() == fresh().fingerprint() != fresh(seed=1).fingerprint()
 
 

@@ -60,7 +60,7 @@ def test_a_baseline_learns(trained, store):
     with torch.no_grad():
         f = trained.encode(x)
         assert reconstruction_loss(x, trained.decode(f), trained.cfg.scale) < 0.35
-        assert (f > 0).float().sum(1).mean() < 80 # half of all 512 before training
+        assert (f > 0).float().sum(1).mean() < 80
     assert trained.cfg.training_steps == 600 and trained.fingerprint() != trained.cfg.initial
     torch.testing.assert_close(trained.W_dec.norm(dim=1), torch.ones(512))
 

@@ -9,7 +9,7 @@ from saenb.core import SaenbError
 from saenb.sources import TextSource
 from saenb.world import ASKED, FORGET, STUDIED, SUBJECTS, World, WorldConfig, Writer, fast_logits, make_facts, make_model, make_tokenizer, train_model
 
-SMALL = WorldConfig(seed=3, names=4, forget_names=4, relations=2, width=64, layers=2, steps=4, finish=4, texts=40)
+SMALL = WorldConfig(seed=3, names=4, forget_names=4, relations=2, width=64, layers=2, drills=4, steps=4, finish=4, texts=40)
 
 
 def test_the_shipped_world_is_whole_and_small(world):

@@ -52,12 +52,12 @@ def random_features(exam: Exam, sae: SAE, draws: int = 10, seed: int = 0) -> dic
         harm += [(1 - r["retain_share"], 1 - r["forget_share"]) for r in rows if r["forget_share"] is not None]
     return dict(scores=scores, mean=float(np.mean(scores)) if scores else 0.0, harm=harm)
 
-# %% ../../nbs/11_controls.ipynb #680fdeda
+# %% ../../nbs/11_controls.ipynb #98ec7bb1
 def supervised_ceiling(
     cfg: SAEConfig, # widths and place
     forget: torch.Tensor, # stream vectors of the forget corpus
     retain: torch.Tensor, # stream vectors of the retain corpus
-    clusters: int = 64, # detectors
+    clusters: int = 32, # detectors
     allowed: float = 1e-4, # share of retained tokens that may pass a detector's threshold
     seed: int = 0, # decides the clustering
 ) -> SAE:
@@ -72,11 +72,14 @@ def supervised_ceiling(
     look = torch.linalg.solve(within + ridge, (centres - mean).T)
     look = look / look.norm(dim=0)
     threshold = torch.quantile(((retain - mean) @ look)[:2**17 // 4], 1 - allowed, dim=0)
+    # in units in which a typical activation is the distance to the cluster, so that clamping by multiples of it means the same for all
+    over = torch.relu((forget - mean) @ look - threshold)
+    unit = (centres - mean).norm(dim=1) / (over.sum(0) / (over > 0).sum(0).clamp_min(1)).clamp_min(1e-6)
     sae = SAE(replace(cfg, d_sae=clusters, gates=[], about={}, training_steps=None, initial=""))
     with torch.no_grad():
         sae.b_dec.copy_(mean)
-        sae.W_enc.copy_(look)
-        sae.b_enc.copy_(-threshold)
+        sae.W_enc.copy_(look * unit)
+        sae.b_enc.copy_(-threshold * unit)
         sae.W_dec.copy_(centres - mean)
     sae.unit_rows()
     return sae.eval()

@@ -94,7 +94,7 @@ def read_letters(model, inputs, lengths, letters, **where) -> torch.Tensor:
     logits = logits[torch.arange(len(inputs)), column]
     return logits.softmax(-1)[:, letters].amax(1).argmax(-1)
 
-# %% ../../nbs/10_unlearning.ipynb #1cdbe4dd
+# %% ../../nbs/10_unlearning.ipynb #1785e17b
 class Exam:
     "The questions a model knows and the corpora's streams, ready to judge any dictionary of one layer."
     def __init__(self,
@@ -104,6 +104,7 @@ class Exam:
         cache: str | Path | None = None, # folder in which the known questions are remembered
     ):
         hold_memory()
+        torch.set_flush_denormal(True) # a clamped stream leaves attention weights that are almost zero, and processors are slow with those
         self.model, self.setup, self.layer = model, setup, layer
         self.letters = letter_tokens(model.tokenizer)
         self.depth = model.cfg.n_layers
@@ -159,16 +160,16 @@ class Exam:
         "Every known question's stream at the layer, and the untouched answers."
         streams, answers = [None] * len(self.tokens), torch.zeros(len(self.tokens), dtype=torch.long)
         for group in self.batches([len(t) for t in self.tokens]):
+            lengths = torch.tensor([len(self.tokens[i]) for i in group])
             stream = stream_at(self.model, padded([self.tokens[i] for i in group]), self.layer)
-            for i, row in zip(group, stream): streams[i] = row[:len(self.tokens[i])]
-            answers[group] = self.answers([streams[i] for i in group])
+            answers[group] = self.answers(stream, lengths)
+            for i, row in zip(group, stream): streams[i] = row[:len(self.tokens[i])].clone()
         return streams, answers == self.answer
 
-    def answers(self, streams: list[torch.Tensor]) -> torch.Tensor:
-        "What the layers above answer to streams that enter at the dictionary's layer."
-        lengths = torch.tensor([len(s) for s in streams])
+    def answers(self, streams: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        "What the layers above answer to padded streams that enter at the dictionary's layer."
         with only_above(self.model, self.layer):
-            return read_letters(self.model, padded(streams), lengths, self.letters, start_at_layer=self.layer + 1)
+            return read_letters(self.model, streams, lengths, self.letters, start_at_layer=self.layer + 1)
 
     def corpus(self, side: str):
         "The stream of one corpus, in batches of rows; small ones are kept in memory."
@@ -263,7 +264,7 @@ def plain_answers(exam: Exam, sae, features, value) -> torch.Tensor:
         right[group] = answers == exam.answer[group]
     return right
 
-# %% ../../nbs/10_unlearning.ipynb #10a034f0
+# %% ../../nbs/10_unlearning.ipynb #c77e8695
 @dataclass
 class Outcome:
     "What one intervention did to the known questions."
@@ -293,18 +294,20 @@ class Clamps:
             for i, row in zip(group, f): kept[i] = row[:len(self.exam.streams[i])].clone()
         return kept
 
-    def changed(self, question: int, columns, values) -> torch.Tensor:
-        "One question's stream under an intervention."
-        f = self.active[question][:, columns]
-        return self.exam.streams[question] + torch.where(f > 0, -values - f, torch.zeros(())) @ self.rows[columns]
+    def changed(self, questions: list[int], columns, values: torch.Tensor) -> torch.Tensor:
+        "Several questions' streams, each with its own clamp values [questions, features]."
+        f = padded([self.active[q] for q in questions])[..., columns]
+        push = torch.where(f > 0, -values[:, None] - f, torch.zeros(()))
+        return padded([self.exam.streams[q] for q in questions]) + push @ self.rows[columns]
 
     def right(self, question_values, columns) -> torch.Tensor:
         "Whether each (question, clamp values) pair is still answered right."
         right = torch.zeros(len(question_values), dtype=torch.bool)
         for group in self.exam.batches([len(self.exam.streams[q]) for q, _ in question_values]):
-            pairs = [question_values[j] for j in group]
-            answers = self.exam.answers([self.changed(q, columns, v) for q, v in pairs])
-            right[group] = answers == self.exam.answer[[q for q, _ in pairs]]
+            questions, values = zip(*(question_values[j] for j in group))
+            lengths = torch.tensor([len(self.exam.streams[q]) for q in questions])
+            answers = self.exam.answers(self.changed(questions, columns, torch.stack(values)), lengths)
+            right[group] = answers == self.exam.answer[list(questions)]
         self.forwards += len(question_values)
         return right
 
