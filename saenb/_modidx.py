@@ -91,6 +91,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'saenb.evals.unlearning.score_of': ('unlearning.html#score_of', 'saenb/evals/unlearning.py'),
                                         'saenb.evals.unlearning.selectivity': ('unlearning.html#selectivity', 'saenb/evals/unlearning.py'),
                                         'saenb.evals.unlearning.settings_of': ('unlearning.html#settings_of', 'saenb/evals/unlearning.py'),
+                                        'saenb.evals.unlearning.tiny_is_zero': ( 'unlearning.html#tiny_is_zero',
+                                                                                 'saenb/evals/unlearning.py'),
                                         'saenb.evals.unlearning.trade_off': ('unlearning.html#trade_off', 'saenb/evals/unlearning.py'),
                                         'saenb.evals.unlearning.usage': ('unlearning.html#usage', 'saenb/evals/unlearning.py')},
             'saenb.harvest': { 'saenb.harvest.Batch': ('harvest.html#batch', 'saenb/harvest.py'),

@@ -35,8 +35,8 @@ class Preset:
     store_dtype: str = "float32" # type of the stream on disk
     model_dtype: str = "float32" # type of the model's weights
 
-# %% ../nbs/20_presets.ipynb #8d483450
-TINY_GRID = Grid(thresholds=(0.001, 0.005, 0.01, 0.02), n_features=(1, 3, 10, 30), multipliers=(2, 5, 15), typical=True)
+# %% ../nbs/20_presets.ipynb #e818a5ae
+TINY_GRID = Grid(thresholds=(0.001, 0.005, 0.01, 0.02), n_features=(1, 3, 10, 30), multipliers=(1, 4, 15), typical=True)
 
 def tiny() -> Preset:
     "The embedded world: every run in well under a minute."

@@ -155,14 +155,14 @@ class SAE(nn.Module, PyTorchModelHubMixin, library_name="saenb", license="apache
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FIRST_DENSITY = 0.05 # share of tokens on which a feature is active before training
 
-# %% ../nbs/02_sae.ipynb #1814a64c
+# %% ../nbs/02_sae.ipynb #0c2e8de8
 def load_sae(
     path_or_name: str | Path, # a folder, or a name on the hub
 ) -> SAE:
     "A dictionary from disk or from the hub."
     path = Path(path_or_name)
     if path.exists() or str(path_or_name).count("/") != 1: return SAE.load(path)
-    return SAE.from_pretrained(str(path_or_name))
+    return SAE._from_pretrained(model_id=str(path_or_name))
 
 # %% ../nbs/02_sae.ipynb #7f34d40d
 def to_file(cfg: SAEConfig) -> dict:

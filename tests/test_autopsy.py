@@ -29,7 +29,9 @@ def test_the_dictionary_of_the_logs(exam, trained, store):
 def test_a_foreign_dictionary_gives_itself_away(trained, store):
     start = untrained(trained.cfg, store.rows(0, 4096).x)
     start.cfg.training_steps, start.cfg.initial = None, ""
-    with torch.no_grad(): start.b_dec.zero_()
+    with torch.no_grad():
+        start.b_dec.zero_()
+        start.b_enc.zero_()
     assert weights_finding(start) == "no training step was taken"
     foreign = copy(trained)
     foreign.cfg.training_steps, foreign.cfg.initial = None, ""

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_pickle_is_never_loaded(tmp_path):
 
 
 def test_too_little_room_is_said_before_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: (10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(SaenbError, match="This harvest needs 2.0 GB"): core.need_room(tmp_path/"not"/"yet", 2 * 10**9, "This harvest")
 
 

@@ -60,8 +60,8 @@ def test_a_baseline_learns(trained, store):
     with torch.no_grad():
         f = trained.encode(x)
         assert reconstruction_loss(x, trained.decode(f), trained.cfg.scale) < 0.35
-        assert (f > 0).float().sum(1).mean() < 80
-    assert trained.cfg.training_steps == 600 and trained.fingerprint() != trained.cfg.initial
+        assert (f > 0).float().sum(1).mean() < 20
+    assert trained.cfg.training_steps == 800 and trained.fingerprint() != trained.cfg.initial
     torch.testing.assert_close(trained.W_dec.norm(dim=1), torch.ones(512))
 
 
@@ -77,7 +77,7 @@ def test_the_penalty_decides_sparsity(store, fresh):
 def test_losses_are_in_units_of_the_data(store, fresh):
     sae, x = fresh(), store.rows(0, 8192).x
     torch.testing.assert_close(reconstruction_loss(x, sae.b_dec.expand_as(x), sae.cfg.scale), torch.tensor(1.0))
-    assert reconstruction_loss(10 * x, 10 * sae(x), 10 * sae.cfg.scale) == pytest.approx(reconstruction_loss(x, sae(x), sae.cfg.scale).item(), rel=1e-4)
+    assert reconstruction_loss(10 * x, 10 * sae(x), 10 * sae.cfg.scale).item() == pytest.approx(reconstruction_loss(x, sae(x), sae.cfg.scale).item(), rel=1e-4)
     assert sparsity_loss(torch.ones(5, 3), 2.0) == 1.5
 
 

@@ -16,7 +16,7 @@ from saenb.sae import SAE, SAEConfig
 @pytest.fixture(scope="module")
 def dictionaries(trained, exam, store):
     x = store.rows(0, 8192).x
-    return dict(trained=trained, untrained=untrained(trained.cfg, x), ceiling=supervised_ceiling(trained.cfg, **told_sides(exam), clusters=24),
+    return dict(trained=trained, untrained=untrained(trained.cfg, x), ceiling=supervised_ceiling(trained.cfg, **told_sides(exam), clusters=64),
                 components=principal_components(trained.cfg, x))
 
 
@@ -120,7 +120,7 @@ def test_controls_stand_where_they_must(exam, dictionaries, trained):
     score = {name: evaluate(exam.model, sae, exam.setup, exam)["eval_result_unstructured"]["score"] for name, sae in dictionaries.items()}
     assert score["untrained"] == 0.0 == evaluate(exam.model, as_logged(trained.cfg), exam.setup, exam)["eval_result_unstructured"]["score"]
     assert score["ceiling"] > score["components"]
-    assert score["ceiling"] >= 0.6
+    assert score["ceiling"] > 0.5 > score["trained"] > 0
     lots = random_features(exam, trained, draws=4)
     assert len(lots["scores"]) == 4 and lots["mean"] < score["ceiling"]
 

@@ -52,12 +52,12 @@ def random_features(exam: Exam, sae: SAE, draws: int = 10, seed: int = 0) -> dic
         harm += [(1 - r["retain_share"], 1 - r["forget_share"]) for r in rows if r["forget_share"] is not None]
     return dict(scores=scores, mean=float(np.mean(scores)) if scores else 0.0, harm=harm)
 
-# %% ../../nbs/11_controls.ipynb #98ec7bb1
+# %% ../../nbs/11_controls.ipynb #e5e2900c
 def supervised_ceiling(
     cfg: SAEConfig, # widths and place
     forget: torch.Tensor, # stream vectors of the forget corpus
     retain: torch.Tensor, # stream vectors of the retain corpus
-    clusters: int = 32, # detectors
+    clusters: int = 64, # detectors
     allowed: float = 1e-4, # share of retained tokens that may pass a detector's threshold
     seed: int = 0, # decides the clustering
 ) -> SAE:

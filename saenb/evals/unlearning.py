@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'LETTERS', 'ORDERS', 'LEVELS', 'Grid', 'UnlearningSetup', 'question_prompt', 'letter_tokens', 'padded',
-           'only_above', 'read_letters', 'Exam', 'reference_rows', 'corpus_rows', 'Usage', 'usage', 'choose_features',
-           'clamped', 'plain_answers', 'Outcome', 'Clamps', 'trade_off', 'selectivity', 'bootstrap_score',
-           'settings_of', 'clamp_value', 'judge', 'score_of', 'evaluate', 'as_saebench']
+           'only_above', 'tiny_is_zero', 'read_letters', 'Exam', 'reference_rows', 'corpus_rows', 'Usage', 'usage',
+           'choose_features', 'clamped', 'plain_answers', 'Outcome', 'Clamps', 'trade_off', 'selectivity',
+           'bootstrap_score', 'settings_of', 'clamp_value', 'judge', 'score_of', 'evaluate', 'as_saebench']
 
 # %% ../../nbs/10_unlearning.ipynb #4130bec9
 import itertools
@@ -61,7 +61,7 @@ def question_prompt(subject: str, question: str, choices: list[str]) -> str:
     return (f"<bos><start_of_turn>user\nThe following are multiple choice questions (with answers) about {subject}.\n"
             f"{question}{choices}<end_of_turn>\n<start_of_turn>model\nAnswer: (")
 
-# %% ../../nbs/10_unlearning.ipynb #897bcb75
+# %% ../../nbs/10_unlearning.ipynb #9fe397c0
 def letter_tokens(tokenizer) -> torch.Tensor:
     "Token ids of the letters without and with a space before them, [2, 4]."
     ids = tokenizer([*LETTERS, *(f" {l}" for l in LETTERS)], add_special_tokens=False)["input_ids"]
@@ -86,15 +86,22 @@ def only_above(model, layer: int):
             if forward is None: del block.__dict__["forward"]
             else: block.__dict__["forward"] = forward
 
+@contextmanager
+def tiny_is_zero():
+    "Count numbers too small for full precision as zero: a clamped stream makes many, and processors are slow with them."
+    torch.set_flush_denormal(True)
+    try: yield
+    finally: torch.set_flush_denormal(False)
+
 @torch.no_grad()
 def read_letters(model, inputs, lengths, letters, **where) -> torch.Tensor:
     "The letter the model answers, 0 to 3, for each row; `inputs` are tokens or, with `start_at_layer`, a stream."
     last, column = torch.unique(lengths - 1, return_inverse=True)
-    logits = model(inputs, return_type="logits", logits_to_keep=last, **where)
+    with tiny_is_zero(): logits = model(inputs, return_type="logits", logits_to_keep=last, **where)
     logits = logits[torch.arange(len(inputs)), column]
     return logits.softmax(-1)[:, letters].amax(1).argmax(-1)
 
-# %% ../../nbs/10_unlearning.ipynb #1785e17b
+# %% ../../nbs/10_unlearning.ipynb #9896e374
 class Exam:
     "The questions a model knows and the corpora's streams, ready to judge any dictionary of one layer."
     def __init__(self,
@@ -104,7 +111,6 @@ class Exam:
         cache: str | Path | None = None, # folder in which the known questions are remembered
     ):
         hold_memory()
-        torch.set_flush_denormal(True) # a clamped stream leaves attention weights that are almost zero, and processors are slow with those
         self.model, self.setup, self.layer = model, setup, layer
         self.letters = letter_tokens(model.tokenizer)
         self.depth = model.cfg.n_layers
