@@ -45,7 +45,7 @@ def make_mechanism(
     try: return cls(d_in=cfg.d_in, d_sae=cfg.d_sae, **settings)
     except TypeError as e: raise SaenbError(f"The mechanism {name} cannot be made from {settings} ({e}); mend its settings.") from None
 
-# %% ../nbs/02_sae.ipynb #4439b0d6
+# %% ../nbs/02_sae.ipynb #6827f1db
 class SAE(nn.Module, PyTorchModelHubMixin, library_name="saenb", license="apache-2.0", tags=["sparse-autoencoder"]):
     "A sparse autoencoder with ReLU activations and unit-length decoder rows."
     def __init__(self, cfg: SAEConfig):
@@ -108,7 +108,7 @@ class SAE(nn.Module, PyTorchModelHubMixin, library_name="saenb", license="apache
 
     def fingerprint(self) -> str:
         "A short name for the present weights, the same for the same bytes."
-        weights = {k: v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes().hex() for k, v in self.state_dict().items()}
+        weights = {k: v.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes().hex() for k, v in self.state_dict().items()}
         return fingerprint(weights)
 
     def save(self, folder: str | Path) -> Path:

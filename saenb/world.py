@@ -144,7 +144,7 @@ class Writer:
             questions.append(dict(question=wording.format(**vars(fact)), choices=choices, answer=choices.index(fact.value)))
         return questions
 
-# %% ../nbs/00_world.ipynb #544d3747
+# %% ../nbs/00_world.ipynb #016503c8
 MARKS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 PIECES = r" ?[\p{L}\p{N}]+| ?[^\s\p{L}\p{N}]|\s"
 CHAT = ("{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
@@ -155,7 +155,7 @@ def make_tokenizer(facts: list[Fact]):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     split = pre_tokenizers.Split(Regex(PIECES), "isolated")
-    texts = [f"The following are multiple choice questions (with answers) about {s}.\nNotes on {s}. user\nmodel\nAnswer: (" for s in SUBJECTS.values()]
+    texts = [f"The following are multiple choice questions (with answers) about {s}.\nNotes on {s}.\nuser\nmodel\nAnswer: (" for s in SUBJECTS.values()]
     texts += [form.format(letter) for letter in LETTERS for form in ("\n{}. x", "({})", " {}")] + ["Answer: (A)"]
     texts += [before + wording.format(**vars(f)) for f in facts for wording in STATEMENTS + STUDIED + ASKED for before in ("", " ")]
     texts += [f". {f.value}." for f in facts]
