@@ -131,6 +131,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                            'saenb.lab._shared': ('lab.html#_shared', 'saenb/lab.py'),
                            'saenb.lab._taken_over': ('lab.html#_taken_over', 'saenb/lab.py'),
                            'saenb.lab._train': ('lab.html#_train', 'saenb/lab.py'),
+                           'saenb.lab._whole': ('lab.html#_whole', 'saenb/lab.py'),
                            'saenb.lab.committed_runs': ('lab.html#committed_runs', 'saenb/lab.py'),
                            'saenb.lab.controls': ('lab.html#controls', 'saenb/lab.py'),
                            'saenb.lab.exam_of': ('lab.html#exam_of', 'saenb/lab.py'),

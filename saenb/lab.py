@@ -6,10 +6,9 @@
 __all__ = ['model_of', 'store_of', 'exam_of', 'run', 'controls', 'reproduce', 'workspace', 'committed_runs', 'tiny_store',
            'tiny_exam', 'tiny_sae']
 
-# %% ../nbs/21_lab.ipynb #31334a6c
+# %% ../nbs/21_lab.ipynb #fd60e9e9
 import json
 import shutil
-import tempfile
 import time
 from dataclasses import asdict, replace
 from functools import cache
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .core import SaenbError, fingerprint, need_room, read_json, write_json, write_text
+from .core import SaenbError, fingerprint, need_room, pick, read_json, write_json, write_text
 from .evals.autopsy import autopsy
 from .evals.controls import as_logged, principal_components, random_features, supervised_ceiling, told_sides, untrained
 from .evals.unlearning import Exam, evaluate
@@ -27,9 +26,9 @@ from .presets import Preset, preset as find_preset
 from .records import Record, find_records
 from .runs.base import Run
 from .runs.table import RUNS, find_run
-from .sae import SAE, SAEConfig, make_mechanism
+from .sae import CONFIG, WEIGHTS, SAE, SAEConfig, make_mechanism
 from .sources import boot
-from .train import CHECKPOINT, LOG, Trainer
+from .train import CHECKPOINT, LOG, TrainConfig, Trainer
 
 # %% ../nbs/21_lab.ipynb #75ce7364
 @cache
@@ -57,7 +56,7 @@ def _shared(setting: Preset) -> str:
     "The preset whose store and exam this one uses."
     return setting.name.removesuffix("-full")
 
-# %% ../nbs/21_lab.ipynb #fdf946e5
+# %% ../nbs/21_lab.ipynb #f16ff889
 def run(
     id: str, # the run: experiment/number
     preset: str = "tiny", # the preset's name
@@ -70,6 +69,7 @@ def run(
     "Make one record, or find it."
     definition, setting = find_run(id), find_preset(preset)
     change = dict(change or {})
+    for knob in change: pick(knob, ("d_sae", *TrainConfig.__dataclass_fields__), "knob to change")
     variant = ",".join(f"{k}={v}" for k, v in sorted(change.items()))
     folder = Path(out)/setting.name/definition.experiment/f"run_{definition.number}{'@' * bool(variant)}{variant}"/f"seed_{seed}"
     d_sae = change.pop("d_sae", setting.d_sae)
@@ -103,21 +103,27 @@ def _train(record, definition, setting, training, d_sae, seed, out, progress):
     sae = SAE(cfg).initialise(store.rows(0, 2**15).x, seed)
     mechanisms = [make_mechanism(name, settings, cfg) for name, settings in definition.mechanisms]
     trainer = Trainer(sae, store, mechanisms, training, record.path)
-    trainer.fit(progress).save(record.path/"sae")
+    sae = trainer.fit(progress)
     write_json(record.path/"timing.json", dict(training_seconds=round(trainer.seconds, 2), seconds_a_step=round(trainer.seconds / max(1, trainer.steps), 5)))
+    sae.save(record.path/"sae") # last, and its configuration last of all: where that is, everything is
 
 def _taken_over(record: Record, config: dict, out) -> bool:
     "Take over a finished record of the same recipe; true if the dictionary is there."
-    if (record.path/"sae").exists(): return True
+    if _whole(record): return True
     if (record.path/CHECKPOINT).exists(): return False
     mine = _recipe(config)
     for other in find_records(Path(out)/config["preset"], variant=None):
-        if _recipe(other.config) == mine and (other.path/"sae").exists():
-            for name in (LOG, "timing.json"): shutil.copyfile(other.path/name, record.path/name)
-            shutil.copytree(other.path/"evals", record.path/"evals", dirs_exist_ok=True)
-            shutil.copytree(other.path/"sae", record.path/"sae")
+        if _recipe(other.config) == mine and _whole(other):
+            for name in (LOG, "timing.json", "evals/unlearning.json"):
+                (record.path/name).parent.mkdir(exist_ok=True)
+                if (other.path/name).exists(): shutil.copyfile(other.path/name, record.path/name)
+            other.sae.save(record.path/"sae")
             return True
     return False
+
+def _whole(record):
+    "Is the dictionary there, weights and configuration?"
+    return all((record.path/"sae"/name).exists() for name in (CONFIG, WEIGHTS))
 
 def _recipe(config):
     "What decides a dictionary's bytes."

@@ -100,7 +100,7 @@ def fast_precision(d_in: int, d_sae: int) -> str:
     native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if native else "float32"
 
-# %% ../nbs/03_train.ipynb #1e85ae11
+# %% ../nbs/03_train.ipynb #118515a7
 class Trainer:
     "Trains a dictionary on a store, with any mechanisms."
     def __init__(self,
@@ -258,6 +258,7 @@ class Trainer:
         hold_memory()
         if self.out: self.out.mkdir(parents=True, exist_ok=True)
         self.resume()
+        if self.out: (self.out/LOG).touch()
         batches = self.store.batches(self.cfg.batch, self.cfg.seed, self.index, self.cfg.balanced) if self.index < self.steps else ()
         with tqdm(total=self.steps, initial=self.index, desc="train", unit="step", disable=not progress) as bar:
             began = time.perf_counter()
