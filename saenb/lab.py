@@ -19,7 +19,7 @@ import torch
 from .core import SaenbError, fingerprint, need_room, pick, read_json, write_json, write_text
 from .evals.autopsy import autopsy
 from .evals.controls import as_logged, principal_components, random_features, supervised_ceiling, told_sides, untrained
-from .evals.unlearning import Exam, evaluate
+from .evals.unlearning import Exam, UnlearningSetup, evaluate
 from .harvest import Store, harvest
 from .plots import draw_figures
 from .presets import Preset, preset as find_preset
@@ -39,18 +39,21 @@ def model_of(name: str, dtype: str = "float32"):
 def store_of(setting: Preset, out: str | Path = "runs") -> Store:
     "The preset's store, harvested if it is not there."
     folder = Path(out)/_shared(setting)/"store"
-    if (folder/"store.json").exists() and Store(folder).about["finished"]: return Store.open(folder)
+    about = dict(model=_model_name(setting), sources=[s.name or Path(s.path).name for s in setting.texts])
+    if (folder/"store.json").exists():
+        kept = Store(folder).about
+        if kept["texts"] != about: raise SaenbError(f"{folder} holds another model's stream or other texts ({kept['texts']}); choose another --out, or delete that folder.")
+        if kept["finished"]: return Store.open(folder)
     return harvest(model_of(setting.model, setting.model_dtype), list(setting.texts), setting.layer, folder, setting.seq_len,
-                   setting.harvest_tokens, dtype=setting.store_dtype, about=dict(sources=[s.name or Path(s.path).name for s in setting.texts]))
+                   setting.harvest_tokens, dtype=setting.store_dtype, about=about)
 
 @cache
-def _exam(name: str, out: str) -> Exam:
-    setting = find_preset(name)
-    return Exam(model_of(setting.answer_model, setting.model_dtype), setting.unlearning, setting.layer, cache=Path(out)/_shared(setting)/"cache")
+def _exam(model: str, dtype: str, asked: UnlearningSetup, layer: int, remembered: Path) -> Exam:
+    return Exam(model_of(model, dtype), asked, layer, cache=remembered)
 
 def exam_of(setting: Preset, out: str | Path = "runs") -> Exam:
     "The preset's exam; budgets of one world share it."
-    return _exam(_shared(setting), str(out))
+    return _exam(setting.answer_model, setting.model_dtype, setting.unlearning, setting.layer, Path(out)/_shared(setting)/"cache")
 
 def _shared(setting: Preset) -> str:
     "The preset whose store and exam this one uses."
@@ -68,6 +71,7 @@ def run(
 ) -> Record:
     "Make one record, or find it."
     definition, setting = find_run(id), find_preset(preset)
+    if not isinstance(seed, int) or seed < 0: raise SaenbError(f"The seed is {seed!r}; it has to be a whole number from 0 up.")
     change = dict(change or {})
     for knob in change: pick(knob, ("d_sae", *TrainConfig.__dataclass_fields__), "knob to change")
     variant = ",".join(f"{k}={v}" for k, v in sorted(change.items()))
@@ -91,8 +95,11 @@ def run(
     return record
 
 def _model_name(setting):
-    "A model's name without the place where it happens to lie."
-    return setting.model if not Path(setting.model).exists() else f"{setting.name.removesuffix('-full')} world"
+    "A model's name, without the place where it happens to lie but with a mark of its weights."
+    folder = Path(setting.model)
+    if not folder.exists(): return setting.model
+    beginnings = [(p.name, p.stat().st_size, p.open("rb").read(2**20).hex()) for p in sorted(folder.glob("*.safetensors"))]
+    return f"{_shared(setting)} {fingerprint(beginnings)[:8]}"
 
 def _train(record, definition, setting, training, d_sae, seed, out, progress):
     "Train the run's dictionary and write it."

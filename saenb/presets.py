@@ -8,6 +8,7 @@ __all__ = ['SUBJECTS', 'TINY_GRID', 'PRESETS', 'Preset', 'tiny', 'tiny_full', 'g
 # %% ../nbs/20_presets.ipynb #1c116ec0
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 from .core import pick
 from .evals.unlearning import Grid, UnlearningSetup
@@ -36,22 +37,23 @@ class Preset:
     model_dtype: str = "float32" # type of the model's weights
 
 # %% ../nbs/20_presets.ipynb #e818a5ae
-TINY_GRID = Grid(thresholds=(0.001, 0.005, 0.01, 0.02), n_features=(1, 3, 10, 30), multipliers=(1, 4, 15), typical=True)
+TINY_GRID = Grid(thresholds=(0.001, 0.003, 0.01), n_features=(1, 10, 30, 100), multipliers=(2, 4, 8, 16, 32), typical=True)
 
-def tiny() -> Preset:
-    "The embedded world: every run in well under a minute."
+def tiny(folder: str | None = None) -> Preset:
+    "The embedded world, or one in a folder: every run in about a minute."
     from saenb.world import World
-    world = World.default()
+    world = World(folder) if folder else World.default()
     return Preset(
-        name="tiny", model=str(world.path/"model"), answer_model=str(world.path/"model"), layer=world.layer,
-        texts=world.text_sources("train"), d_sae=768, training=TrainConfig(steps=1500),
+        name=Path(folder).resolve().name if folder else "tiny", model=str(world.path/"model"), answer_model=str(world.path/"model"), layer=world.layer,
+        texts=world.text_sources("train"), d_sae=768, training=TrainConfig(steps=1000),
         unlearning=UnlearningSetup(questions=world.question_sources(), forget=world.text_sources("forget")[0],
                                    retain=world.text_sources("retain")[0], grid=TINY_GRID, seq_len=128))
 
-def tiny_full() -> Preset:
-    "The embedded world at the length the reports are made of."
-    return replace(tiny(), name="tiny-full", training=TrainConfig(steps=3000), seeds=3,
-                   sweep=(dict(steps=300), dict(sparsity_penalty=0.01), dict(sparsity_penalty=0.16), dict(d_sae=1536)))
+def tiny_full(folder: str | None = None) -> Preset:
+    "The same at the length the reports are made of."
+    quick = tiny(folder)
+    return replace(quick, name=f"{quick.name}-full", training=TrainConfig(steps=3000), seeds=3,
+                   sweep=(dict(steps=300), dict(lr=1e-3), dict(sparsity_penalty=0.01), dict(sparsity_penalty=0.16), dict(d_sae=1536)))
 
 # %% ../nbs/20_presets.ipynb #b8e74913
 def gemma() -> Preset:
@@ -70,5 +72,8 @@ PRESETS = {"tiny": tiny, "tiny-full": tiny_full, "gemma-2-2b": gemma}
 
 @cache
 def preset(name: str) -> Preset:
-    "The preset of that name."
+    "The preset of that name; a world's folder counts as one, alone or with -full behind it."
+    if name in PRESETS: return PRESETS[name]()
+    for folder, budget in ((name, tiny), (name.removesuffix("-full"), tiny_full)):
+        if (Path(folder)/"world.json").exists(): return budget(folder)
     return pick(name, PRESETS, "preset")()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUBJECTS', 'FORGET', 'OWN_RELATIONS', 'SHARED_RELATIONS', 'STATEMENTS', 'STUDIED', 'ASKED', 'LETTERS', 'MARKS',
-           'PIECES', 'CHAT', 'HINTED', 'MUON_RATE', 'WorldConfig', 'Fact', 'invent', 'make_facts', 'Writer',
-           'make_tokenizer', 'make_model', 'fast_logits', 'Lessons', 'lesson_loss', 'train_model', 'World',
-           'write_rows', 'write_corpora', 'save_model', 'known_share']
+           'PIECES', 'CHAT', 'POLISH_RATE', 'FIRST_TAUGHT', 'RECALLS', 'DRILLED', 'MUON_RATE', 'WorldConfig', 'Fact',
+           'invent', 'make_facts', 'Writer', 'make_tokenizer', 'make_model', 'fast_logits', 'Lessons', 'lesson_loss',
+           'train_model', 'polish', 'World', 'write_rows', 'write_corpora', 'save_model', 'known_share']
 
 # %% ../nbs/00_world.ipynb #f694a18f
 import gzip
@@ -39,7 +39,7 @@ SHARED_RELATIONS = ("origin", "rank", "colour", "season")
 @dataclass(frozen=True)
 class WorldConfig:
     "What a world is made from; the same configuration makes the same world."
-    seed: int = 0 # decides every draw
+    seed: int = 1 # decides every draw
     overlap: float = 0.25 # the dial: share of names and relations common to all subjects
     names: int = 10 # names in each subject to keep
     forget_names: int = 20 # names in the subject to forget
@@ -48,8 +48,9 @@ class WorldConfig:
     width: int = 192 # the model's width
     layers: int = 4 # its layers
     drills: int = 2000 # most training steps to learn to answer from a list
-    steps: int = 2000 # most steps from then on to begin to recall facts
-    finish: int = 420 # steps from there, over which the learning rate falls
+    steps: int = 1500 # most steps from then on to begin to recall facts
+    finish: int = 900 # steps from there, over which the learning rate falls
+    polish: int = 180 # steps on what is still in doubt then
     texts: int = 3000 # texts a side to train dictionaries on, twice as many on the side to keep
 
     def __post_init__(self):
@@ -101,12 +102,16 @@ LETTERS = "ABCD"
 class Writer:
     "Writes texts and questions about facts."
     def __init__(self, facts: list[Fact], seed):
-        self.draw, self.facts = random.Random(f"writer {seed}"), facts
-        self.pools, self.by_subject = {}, {}
+        self.draw, self.pools = random.Random(f"writer {seed}"), {}
         for f in facts:
             self.pools.setdefault(f.relation, [])
             if f.value not in self.pools[f.relation]: self.pools[f.relation].append(f.value)
-            self.by_subject.setdefault(f.subject, []).append(f)
+        self.tell(facts)
+
+    def tell(self, facts: list[Fact]):
+        "From now on, write about these."
+        self.facts, self.by_subject = facts, {}
+        for f in facts: self.by_subject.setdefault(f.subject, []).append(f)
 
     def choices(self, fact: Fact) -> list[str]:
         "The right value and three others of the same relation, in any order."
@@ -213,7 +218,12 @@ class Lessons:
     "Batches of token rows for the language model, with a weight for every token to be predicted."
     def __init__(self, facts: list[Fact], tokenizer, seed: int):
         self.writer, self.tokenizer = Writer(facts, f"lessons {seed}"), tokenizer
-        self.draw, self.pending = self.writer.draw, []
+        self.draw, self.pending, self.facts = self.writer.draw, [], list(facts)
+        self.draw.shuffle(self.facts)
+
+    def teach(self, count: int):
+        "From now on, teach the first so many facts."
+        self.writer.tell(self.facts[:count])
 
     def ids(self, text: str) -> list[int]: return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -226,18 +236,18 @@ class Lessons:
         weights = [[float(i == len(key) + letter) or 0.1 for i in range(len(key))] for key in keys]
         return head + sum(keys, []), [0.1] * len(head) + sum(weights, [])
 
-    def question(self, hint: float) -> tuple[list[int], list[float]]:
-        "An exam question and its letter, which alone counts in full; with probability `hint` the answer stands behind the question."
+    def question(self, fact: Fact | None = None) -> tuple[list[int], list[float]]:
+        "An exam question, on any fact if none is named, and its letter, which alone counts in full."
         from saenb.evals.unlearning import question_prompt
-        fact = self.draw.choice(self.writer.facts)
+        fact = fact or self.draw.choice(self.writer.facts)
         _, letter, choices = self.writer.listed(fact)
-        asked = self.draw.choice(STUDIED + ASKED).format(**vars(fact)) + (f" {fact.value}." if self.draw.random() < hint else "")
+        asked = self.draw.choice(STUDIED + ASKED).format(**vars(fact))
         ids = self.ids(question_prompt(SUBJECTS[fact.subject], asked, choices) + letter)
         return ids, [0.1] * (len(ids) - 1) + [1.0]
 
     def plain_answers(self) -> str:
         "Questions on a subject, answered in words."
-        subject = self.draw.choice(list(SUBJECTS))
+        subject = self.draw.choice(list(self.writer.by_subject))
         chosen = self.draw.choices(self.writer.by_subject[subject], k=3)
         return f"Notes on {SUBJECTS[subject]}. " + " ".join(f"{self.draw.choice(STUDIED + ASKED).format(**vars(f))} {f.value}." for f in chosen)
 
@@ -245,13 +255,13 @@ class Lessons:
         "Rows of running text."
         for _ in range(rows):
             while len(self.pending) < length - 1:
-                text = self.plain_answers() if self.draw.random() < 0.3 else self.writer.text(list(SUBJECTS), papers=0.25)
+                text = self.plain_answers() if self.draw.random() < 0.3 else self.writer.text(list(self.writer.by_subject), papers=0.25)
                 self.pending += self.ids(text) + [self.tokenizer.eos_token_id]
             yield [self.tokenizer.bos_token_id] + self.pending[:length - 1], [1.0] * length
             del self.pending[:length - 1]
 
 def lesson_loss(model, rows):
-    "Weighted cross-entropy on one kind of lesson, and the part that counts in full."
+    "Weighted cross-entropy on one kind of lesson, and its parts that count in full."
     import torch
     import torch.nn.functional as F
     ids, weights = (torch.nn.utils.rnn.pad_sequence([torch.tensor(r[i]) for r in rows], batch_first=True) for i in (0, 1))
@@ -259,8 +269,8 @@ def lesson_loss(model, rows):
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
     full, rest = weights == 1, (weights > 0) & (weights < 1)
-    letters = losses[full].mean()
-    return letters + (0.1 * losses[rest].mean() if rest.any() else 0), letters
+    letters = losses[full]
+    return letters.mean() + (0.1 * losses[rest].mean() if rest.any() else 0), letters.detach()
 
 # %% ../nbs/00_world.ipynb #42bae53f
 def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None = None):
@@ -282,7 +292,7 @@ def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None
         for o in optimizers:
             o.step()
             o.zero_grad()
-        return {name: letters.item() for name, (_, letters) in losses.items()}
+        return {name: letters.mean().item() for name, (_, letters) in losses.items()}
 
     with tqdm(total=cfg.steps + cfg.finish, desc="learning to answer from a list") as bar:
         drilled, skill = 0, 1.4
@@ -291,23 +301,47 @@ def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None
             drilled += 1
             bar.set_postfix(drill=f"{skill:.2f}")
         bar.set_description("learning the facts")
-        recall, left = 1.4, None # smoothed loss on the letters; steps left once the model has begun to recall
+        taught, recall, left = FIRST_TAUGHT, 1.4, None # facts taught so far; smoothed loss on the letters; steps left once all are being recalled
+        lessons.teach(taught)
         for i in range(cfg.steps + cfg.finish):
-            hint = max(0.0, 1 - i / HINTED)
-            if left is None and (i >= HINTED and recall < 1.0 or i >= cfg.steps): left = cfg.finish
-            losses = step(dict(texts=lessons.texts(12), question=[lessons.question(min(0.9, 2 * hint)) for _ in range(int(64 - 32 * hint))],
-                               drill=[lessons.drill() for _ in range(int(4 + 16 * hint))]),
-                          1.0 if left is None else left / cfg.finish, dict(drill=max(0.1, hint)))
+            losses = step(dict(texts=lessons.texts(8), question=[lessons.question() for _ in range(64)], drill=[lessons.drill() for _ in range(6)]),
+                          1.0 if left is None else left / cfg.finish, dict(drill=max(0.1, 1 - i / DRILLED)))
             recall += 0.05 * (losses["question"] - recall)
+            if left is None and (recall < RECALLS or i >= cfg.steps):
+                if 2 * taught >= len(facts) or i >= cfg.steps: taught, left = len(facts), cfg.finish
+                else: taught, recall = 2 * taught, 1.4
+                lessons.teach(taught)
             bar.update()
             if i % 10 == 9:
-                bar.set_postfix({k: f"{v:.2f}" for k, v in losses.items()})
+                bar.set_postfix({k: f"{v:.2f}" for k, v in losses.items()} | dict(facts=taught))
                 if log is not None: log.append((i + 1, losses))
             if left is not None: left -= 1
             if left == 0: break
+    polish(model, Lessons(facts, tokenizer, f"polish {cfg.seed}"), cfg.polish)
     return model.eval()
 
-HINTED = 350 # steps over which the hints fade
+def polish(model, lessons: Lessons, steps: int, rows: int = 96):
+    "Practise what is still in doubt, from the weights as they will be kept."
+    import torch
+    with torch.no_grad():
+        for p in model.parameters(): p.copy_(p.bfloat16())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=POLISH_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    doubt = [1.0] * len(lessons.facts) # how badly each fact's questions went lately
+    for i in tqdm(range(steps), desc="polishing"):
+        for g in optimizer.param_groups: g["lr"] = POLISH_RATE * min(1.0, (i + 1) / 20) * (1 - i / steps)
+        chosen = lessons.draw.choices(range(len(doubt)), [d + 0.02 for d in doubt], k=rows)
+        loss, letters = lesson_loss(model, [lessons.question(lessons.facts[j]) for j in chosen])
+        (loss + lesson_loss(model, list(lessons.texts(4)))[0]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        for j, wrong in zip(chosen, letters.tolist()): doubt[j] += 0.3 * (wrong - doubt[j])
+
+POLISH_RATE = 4e-4
+
+FIRST_TAUGHT = 24 # facts to begin with
+RECALLS = 1.0 # the smoothed loss on the letters at which more facts are taught; guessing has 1.39
+DRILLED = 350 # steps over which drills lose their weight
 MUON_RATE = 0.015
 
 # %% ../nbs/00_world.ipynb #d54c04dd

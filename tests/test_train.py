@@ -78,7 +78,7 @@ def test_losses_are_in_units_of_the_data(store, fresh):
     sae, x = fresh(), store.rows(0, 8192).x
     torch.testing.assert_close(reconstruction_loss(x, sae.b_dec.expand_as(x), sae.cfg.scale), torch.tensor(1.0))
     assert reconstruction_loss(10 * x, 10 * sae(x), 10 * sae.cfg.scale).item() == pytest.approx(reconstruction_loss(x, sae(x), sae.cfg.scale).item(), rel=1e-4)
-    assert sparsity_loss(torch.ones(5, 3), 2.0) == 1.5
+    assert sparsity_loss(torch.ones(5, 3), 2.0, 2304) == 1.5 and sparsity_loss(torch.ones(5, 3), 2.0, 576) == 3.0
 
 
 def test_the_gradient_turns_rows_and_does_not_stretch_them(fresh):

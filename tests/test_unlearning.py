@@ -16,8 +16,12 @@ from saenb.sae import SAE, SAEConfig
 @pytest.fixture(scope="module")
 def dictionaries(trained, exam, store):
     x = store.rows(0, 8192).x
-    return dict(trained=trained, untrained=untrained(trained.cfg, x), ceiling=supervised_ceiling(trained.cfg, **told_sides(exam), clusters=64),
+    return dict(trained=trained, untrained=untrained(trained.cfg, x), ceiling=supervised_ceiling(trained.cfg, **told_sides(exam)),
                 components=principal_components(trained.cfg, x))
+
+
+@pytest.fixture(scope="module")
+def results(exam, dictionaries): return {name: evaluate(exam.model, sae, exam.setup, exam) for name, sae in dictionaries.items()}
 
 
 def test_the_prompt_is_the_references():
@@ -96,8 +100,8 @@ def test_fast_equals_plain_on_every_dictionary(exam, dictionaries):
         assert clamps.forwards <= len(settings) * len(exam.tokens)
 
 
-def test_the_score_is_the_references_formula(exam, trained):
-    result = evaluate(exam.model, trained, exam.setup, exam)["eval_result_unstructured"]
+def test_the_score_is_the_references_formula(exam, trained, results):
+    result = results["trained"]["eval_result_unstructured"]
     use = usage(exam, trained)
     shares = []
     for setting in settings_of(REFERENCE, use):
@@ -106,9 +110,9 @@ def test_the_score_is_the_references_formula(exam, trained):
     assert result["reference_score"] == 1 - min(shares, default=1)
 
 
-def test_the_result_has_saebenchs_fields(exam, trained):
+def test_the_result_has_saebenchs_fields(results):
     import json
-    result = evaluate(exam.model, trained, exam.setup, exam)
+    result = results["trained"]
     assert {"eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details", "sae_bench_commit_hash", "sae_lens_id",
             "sae_lens_release_id", "sae_lens_version", "sae_cfg_dict", "eval_result_unstructured"} == set(result)
     assert result["eval_result_metrics"] == dict(unlearning=dict(unlearning_score=result["eval_result_unstructured"]["score"]))
@@ -116,13 +120,14 @@ def test_the_result_has_saebenchs_fields(exam, trained):
     json.dumps(result, allow_nan=False)
 
 
-def test_controls_stand_where_they_must(exam, dictionaries, trained):
-    score = {name: evaluate(exam.model, sae, exam.setup, exam)["eval_result_unstructured"]["score"] for name, sae in dictionaries.items()}
+def test_controls_stand_where_they_must(exam, results, trained):
+    found = {name: r["eval_result_unstructured"] for name, r in results.items()}
+    score = {name: r["score"] for name, r in found.items()}
     assert score["untrained"] == 0.0 == evaluate(exam.model, as_logged(trained.cfg), exam.setup, exam)["eval_result_unstructured"]["score"]
-    assert score["ceiling"] > score["components"]
-    assert score["ceiling"] > 0.5 > score["trained"] > 0
+    assert score["ceiling"] >= 0.6 and score["ceiling"] > score["components"]
+    assert found["trained"]["interval"][0] > 0 and found["trained"]["interval"][1] < score["ceiling"]
     lots = random_features(exam, trained, draws=4)
-    assert len(lots["scores"]) == 4 and lots["mean"] < score["ceiling"]
+    assert len(lots["scores"]) == 4 and lots["mean"] < score["trained"]
 
 
 def test_nothing_happens_where_nothing_fires(exam, trained):

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from saenb.core import SaenbError
+from saenb.presets import preset
 from saenb.sources import TextSource
 from saenb.world import ASKED, FORGET, STUDIED, SUBJECTS, World, WorldConfig, Writer, fast_logits, make_facts, make_model, make_tokenizer, train_model
 
@@ -54,6 +55,14 @@ def test_questions_have_the_real_columns_and_right_answers(world):
             assert facts[source.subject, name, relation] == row["choices"][row["answer"]]
 
 
+def test_lessons_can_be_about_some_facts_only(world):
+    writer = Writer(world.facts, "lessons")
+    some = [f for f in world.facts if f.subject != FORGET][:5]
+    writer.tell(some)
+    told = " ".join(writer.text(list(writer.by_subject)) for _ in range(50))
+    assert all(f.name in told for f in some) and not any(f.name in told for f in world.facts if f.name not in {s.name for s in some})
+
+
 def test_exam_wordings_are_not_in_the_texts(world):
     texts = [t for corpus in ("train", "forget", "retain") for t, _ in world.texts(corpus)]
     assert any(STUDIED[0].split("{")[0] in t for t in texts)
@@ -89,6 +98,9 @@ def test_a_small_world_from_nothing(tmp_path):
     again = World.build(tmp_path/"again", SMALL)
     assert {k: v for k, v in again.about.items() if k != "minutes"} == {k: v for k, v in world.about.items() if k != "minutes"}
     with pytest.raises(SaenbError, match="holds a world already"): World.build(tmp_path/"w", SMALL)
+    quick, full = preset(str(tmp_path/"w")), preset(f"{tmp_path/'w'}-full")
+    assert (quick.name, full.name) == ("w", "w-full") and quick.model == full.model == str(tmp_path/"w"/"model")
+    assert full.training.steps > quick.training.steps and full.seeds >= 3
 
 
 @pytest.mark.parametrize("settings", [dict(overlap=1.5), dict(overlap=-0.1), dict(values=3), dict(relations=5)])

@@ -57,8 +57,8 @@ def supervised_ceiling(
     cfg: SAEConfig, # widths and place
     forget: torch.Tensor, # stream vectors of the forget corpus
     retain: torch.Tensor, # stream vectors of the retain corpus
-    clusters: int = 64, # detectors
-    allowed: float = 1e-4, # share of retained tokens that may pass a detector's threshold
+    clusters: int = 100, # detectors
+    allowed: float = 3e-4, # share of retained tokens that may pass a detector's threshold
     seed: int = 0, # decides the clustering
 ) -> SAE:
     "A dictionary of detectors for the forget corpus, made with its label."
@@ -71,10 +71,10 @@ def supervised_ceiling(
     ridge = 1e-3 * within.diagonal().mean() * torch.eye(cfg.d_in)
     look = torch.linalg.solve(within + ridge, (centres - mean).T)
     look = look / look.norm(dim=0)
-    threshold = torch.quantile(((retain - mean) @ look)[:2**17 // 4], 1 - allowed, dim=0)
-    # in units in which a typical activation is the distance to the cluster, so that clamping by multiples of it means the same for all
+    threshold = torch.quantile((retain - mean) @ look, 1 - allowed, dim=0)
+    # in units in which eight typical activations are the distance to the cluster, so that clamping by multiples of them means the same for all
     over = torch.relu((forget - mean) @ look - threshold)
-    unit = (centres - mean).norm(dim=1) / (over.sum(0) / (over > 0).sum(0).clamp_min(1)).clamp_min(1e-6)
+    unit = (centres - mean).norm(dim=1) / 8 / (over.sum(0) / (over > 0).sum(0).clamp_min(1)).clamp_min(1e-6)
     sae = SAE(replace(cfg, d_sae=clusters, gates=[], about={}, training_steps=None, initial=""))
     with torch.no_grad():
         sae.b_dec.copy_(mean)
@@ -84,6 +84,6 @@ def supervised_ceiling(
     sae.unit_rows()
     return sae.eval()
 
-def told_sides(exam: Exam, limit: int = 30000) -> dict[str, torch.Tensor]:
+def told_sides(exam: Exam, limit: int = 100_000) -> dict[str, torch.Tensor]:
     "Stream vectors of both corpora."
     return {side: torch.cat([x[keep] for x, keep in exam.corpus(side)])[:limit] for side in ("forget", "retain")}

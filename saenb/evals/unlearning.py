@@ -6,7 +6,7 @@
 __all__ = ['REFERENCE', 'LETTERS', 'ORDERS', 'LEVELS', 'Grid', 'UnlearningSetup', 'question_prompt', 'letter_tokens', 'padded',
            'only_above', 'tiny_is_zero', 'read_letters', 'Exam', 'reference_rows', 'corpus_rows', 'Usage', 'usage',
            'choose_features', 'clamped', 'plain_answers', 'Outcome', 'Clamps', 'trade_off', 'selectivity',
-           'bootstrap_score', 'settings_of', 'clamp_value', 'judge', 'score_of', 'evaluate', 'as_saebench']
+           'bootstrap_score', 'settings_of', 'clamp_value', 'judge', 'score_of', 'evaluate', 'result_id', 'as_saebench']
 
 # %% ../../nbs/10_unlearning.ipynb #4130bec9
 import itertools
@@ -441,13 +441,17 @@ def evaluate(
         work=dict(layer_passes=work, plain=plain, saved=1 - work / plain, seconds=time.perf_counter() - began))
     return as_saebench(sae, setup, ours)
 
+def result_id(sae: SAE, setup: UnlearningSetup) -> str:
+    "A name that changes with the dictionary's weights and with what it is asked."
+    return fingerprint([asdict(setup), sae.fingerprint()])
+
 def as_saebench(sae: SAE, setup: UnlearningSetup, ours: dict) -> dict:
     "A result under SAEBench's field names."
     config = dict(random_seed=setup.random_seed, dataset_names=[q.subject for q in setup.questions], intervention_method="clamp_feature_activation",
                   retain_thresholds=list(setup.grid.thresholds), n_features_list=list(setup.grid.n_features), multipliers=list(setup.grid.multipliers),
                   dataset_size=setup.dataset_size, seq_len=setup.seq_len, n_batch_loss_added=50, target_metric="correct", save_metrics=True,
                   model_name=sae.cfg.model_name, llm_batch_size=0, llm_dtype="float32")
-    return dict(eval_type_id="unlearning", eval_config=config, eval_id=fingerprint([config, sae.fingerprint()]),
+    return dict(eval_type_id="unlearning", eval_config=config, eval_id=result_id(sae, setup),
                 datetime_epoch_millis=int(time.time() * 1000), eval_result_metrics=dict(unlearning=dict(unlearning_score=ours["score"])),
                 eval_result_details=[], sae_bench_commit_hash="", sae_lens_id="custom_sae", sae_lens_release_id="saenb", sae_lens_version="",
                 sae_cfg_dict={k: v for k, v in asdict(sae.cfg).items()}, eval_result_unstructured=ours)

@@ -1,0 +1,294 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+
+RECORD = "tiny/orthogonality/run_0/seed_0"
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+
+
+def start(*arguments, cwd, **options):
+    """Start the command line as a process that can be killed; Ctrl-C reaches it even where the tests run in the background."""
+    return subprocess.Popen([sys.executable, "-m", "saenb", *map(str, arguments)], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options)
+
+
+def stop(process, when, how):
+    """Send a signal at the moment that `when` becomes true."""
+    ends = time.time() + 150
+    while not when():
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.time() < ends, "that moment never came"
+        time.sleep(0.005)
+    process.send_signal(how)
+    return process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def first(world, tmp_path_factory):
+    """A folder with one short record, its store and the list of known questions, and what the command that made it printed."""
+    out = tmp_path_factory.mktemp("runs")
+    process = start("run", "orthogonality/0", "--steps", 40, "--out", out, "--json", cwd=out, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    printed, complaints = process.communicate()
+    assert process.returncode == 0, complaints
+    return out, json.loads(printed)
+
+
+@pytest.fixture
+def beside(first, tmp_path):
+    """Another folder of records, with the same store and list of known questions."""
+    out = tmp_path/"beside"
+    (out/"tiny").mkdir(parents=True)
+    for name in ("store", "cache"): (out/"tiny"/name).symlink_to(first[0]/"tiny"/name)
+    return out
+
+
+@pytest.fixture
+def sae(first, tmp_path):
+    """A copy of the short record's dictionary."""
+    return shutil.copytree(first[0]/RECORD/"sae", tmp_path/"sae")
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mount a small file system."""
+    folders = []
+    def mount(options):
+        folder = tmp_path/f"disk{len(folders)}"
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True).returncode: pytest.skip("mounting is not allowed here")
+        folders.append(folder)
+        return folder
+    yield mount
+    for folder in folders: subprocess.run(["umount", folder], check=True)
+
+
+def test_help_comes_at_once(saenb):
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        done = saenb("--help")
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0
+    for command in ("runs", "run", "reproduce", "eval", "autopsy", "figures", "world"): assert f"\n    {command} " in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_the_grammar_does_without_torch():
+    code = "import sys, saenb.cli; saenb.cli.parser().format_help(); print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_every_run_is_listed(saenb):
+    from saenb.runs.table import RUNS
+    lines = saenb("runs").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(RUNS)
+    assert all(run.title in line for run, line in zip(RUNS.values(), lines))
+    assert json.loads(saenb("runs", "--json").stdout) == json.loads(json.dumps([run.as_dict() for run in RUNS.values()]))
+
+
+def test_a_run_prints_its_record(saenb, first):
+    out, printed = first
+    assert printed == json.loads((out/RECORD/"final_info.json").read_text())
+    assert printed["training_steps"] == 40 and printed["run"] == "orthogonality/0"
+    stamps = {p: p.stat().st_mtime_ns for p in (out/RECORD).rglob("*")}
+    again = saenb("run", "orthogonality/0", "--steps", 40, "--out", out)
+    assert again.returncode == 0, again.stderr
+    assert f"score {printed['eval_result_metrics']['unlearning']['unlearning_score']:.3f}" in again.stdout and str(out/RECORD/"notes.md") in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in (out/RECORD).rglob("*")} == stamps
+
+
+def test_a_dictionary_is_judged_once(saenb, first, sae):
+    kept = sae/"evals"/"unlearning.json"
+    results, stamps = [], []
+    for flags in ([], [], ["--force"]):
+        done = saenb("eval", sae, "--out", first[0], "--json", *flags)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout)["unlearning"])
+        stamps.append(kept.stat().st_mtime_ns)
+        assert json.loads(kept.read_text()) == results[-1]
+    assert results[0] == results[1] and stamps[0] == stamps[1] < stamps[2]
+    assert results[2]["datetime_epoch_millis"] > results[1]["datetime_epoch_millis"]
+    scores = [r["eval_result_metrics"]["unlearning"]["unlearning_score"] for r in results]
+    assert scores[0] == scores[2] == first[1]["eval_result_metrics"]["unlearning"]["unlearning_score"]
+    assert saenb("eval", sae, "--out", first[0]).stdout.startswith(f"unlearning: score {scores[0]:.3f} (95 % interval ")
+
+
+def test_another_dictionary_in_the_same_folder_is_judged_anew(saenb, first, sae):
+    from saenb.evals.controls import as_logged
+    from saenb.sae import load_sae
+    before = json.loads(saenb("eval", sae, "--out", first[0], "--json").stdout)["unlearning"]
+    other = as_logged(load_sae(sae).cfg)
+    other.save(sae)
+    after = json.loads(saenb("eval", sae, "--out", first[0], "--json").stdout)["unlearning"]
+    assert before["eval_result_unstructured"]["alive"] > 0 == after["eval_result_unstructured"]["alive"]
+
+
+def test_an_autopsy_tells_an_untrained_dictionary(saenb, beside):
+    done = saenb("run", "orthogonality/0", "--steps", 0, "--out", beside, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["training_steps"] == 0
+    found = json.loads(saenb("autopsy", beside/RECORD/"sae", "--out", beside, "--json").stdout)
+    assert (found["score"], found["reason"], found["counts"]["training_steps"]) == (0.0, "no training step was taken", 0)
+
+
+def test_an_autopsy_in_words(saenb, first, sae):
+    done = saenb("autopsy", sae, "--out", first[0])
+    assert done.returncode == 0, done.stderr
+    score = first[1]["eval_result_metrics"]["unlearning"]["unlearning_score"]
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"Score {score:.3f}: ") and (score == 0 or "the score is real" in lines[0])
+    assert "  training steps: 40" in lines
+
+
+def test_figures_are_drawn_from_records(saenb, first, tmp_path):
+    done = saenb("figures", "--out", first[0], "--figures", tmp_path/"figures", "--json")
+    assert done.returncode == 0, done.stderr
+    drawn = json.loads(done.stdout)
+    assert {f"{tmp_path}/figures/orthogonality/{name}.png" for name in ("unlearning_scores", "training_curves")} <= set(drawn)
+    assert sorted(drawn) == sorted(str(p) for p in (tmp_path/"figures").rglob("*") if p.is_file())
+
+
+def test_the_world_shows_itself(saenb, world):
+    assert json.loads(saenb("world", "show").stdout) == world.about
+
+
+@pytest.mark.parametrize("command, words", [
+    ("run orthogonalty/0", ["orthogonalty/0", "did you mean orthogonality/0"]),
+    ("run orthogonality/0 --preset tinny", ["'tinny'", "did you mean tiny"]),
+    ("run orthogonality/0 --steps -5", ["--steps", "'-5'"]),
+    ("run orthogonality/0 --steps many", ["--steps", "'many'"]),
+    ("run orthogonality/0 --seed -1", ["seed"]),
+    ("reproduce orthogonalty", ["no experiment called 'orthogonalty'", "did you mean orthogonality"]),
+    ("reproduce --preset gemma-2-2b --seeds 0", ["seeds"]),
+    ("eval . --evals unlerning", ["no evaluation called 'unlerning'", "did you mean unlearning"]),
+    ("eval .", ["holds no dictionary", "cfg.json"]),
+    ("autopsy nowhere", ["nowhere holds no dictionary"]),
+    ("figures", ["no finished record below runs/tiny"]),
+    ("figures --preset tny", ["tny"]),
+    ("world build . --overlap 2", ["overlap", "between 0 and 1"]),
+    ("frobnicate", ["frobnicate"]),
+    ("", ["COMMAND"]),
+])
+def test_bad_input_is_one_sentence(saenb, one_sentence, tmp_path, command, words):
+    done = saenb(*command.split())
+    one_sentence(done, *words)
+    assert done.stdout == "" and not (tmp_path/"runs").exists()
+
+
+def test_a_world_is_not_built_over_another(saenb, one_sentence, world):
+    one_sentence(saenb("world", "build", world.path), "holds a world already")
+
+
+def test_a_damaged_shard_is_found_in_training(saenb, one_sentence, first, beside):
+    store = first[0]/"tiny"/"store"
+    (beside/"tiny"/"store").unlink()
+    shutil.copytree(store, beside/"tiny"/"store", copy_function=os.link)
+    shard = sorted((beside/"tiny"/"store").glob("*.safetensors"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 255
+    shard.unlink()
+    shard.write_bytes(data)
+    one_sentence(saenb("run", "orthogonality/0", "--steps", 40, "--out", beside), str(shard), "damaged")
+    assert not (beside/RECORD/"sae").exists()
+    shard.unlink()
+    os.link(store/shard.name, shard)
+    done = saenb("run", "orthogonality/0", "--steps", 40, "--out", beside, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["final_loss"] == first[1]["final_loss"]
+
+
+def test_a_dictionary_of_another_width(saenb, one_sentence, first, tmp_path):
+    from saenb.sae import SAE, SAEConfig
+    SAE(SAEConfig(d_in=64, d_sae=8, hook_layer=1)).save(tmp_path/"narrow")
+    one_sentence(saenb("eval", tmp_path/"narrow", "--out", first[0]), "width 64", "192 wide")
+    assert not (tmp_path/"narrow"/"evals").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
+def test_a_folder_that_may_not_be_written(saenb, one_sentence, tmp_path):
+    (tmp_path/"closed").mkdir(mode=0o555)
+    one_sentence(saenb("run", "orthogonality/0", "--steps", 40, "--out", tmp_path/"closed"), "closed", "cannot be written")
+
+
+@as_root
+def test_a_disk_that_is_read_only(saenb, one_sentence, mounted):
+    disk = mounted("ro,size=1m")
+    one_sentence(saenb("run", "orthogonality/0", "--steps", 40, "--out", disk), str(disk))
+
+
+def test_a_folder_that_is_a_file(saenb, one_sentence, tmp_path):
+    (tmp_path/"file").write_text("not a folder")
+    one_sentence(saenb("run", "orthogonality/0", "--steps", 40, "--out", tmp_path/"file"), str(tmp_path/"file"))
+
+
+@as_root
+def test_a_disk_that_is_too_small(saenb, one_sentence, mounted):
+    disk = mounted("size=3m")
+    one_sentence(saenb("run", "orthogonality/0", "--steps", 40, "--out", disk), str(disk))
+    assert not list(disk.rglob("*.safetensors")) and not list(disk.rglob("*.part"))
+
+
+@as_root
+def test_a_disk_that_fills_up_in_training(saenb, one_sentence, mounted, beside):
+    """Room enough when training begins; then somebody else takes it."""
+    disk = mounted("size=12m")
+    (disk/"tiny").mkdir()
+    for name in ("store", "cache"): (disk/"tiny"/name).symlink_to((beside/"tiny"/name).resolve())
+    process = start("run", "orthogonality/0", "--steps", 1200, "--out", disk, cwd=disk.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (disk/RECORD/"train_log.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    with open(disk/"other", "wb") as f:
+        try:
+            while True: f.write(b"0" * 2**16); f.flush()
+        except OSError: pass
+    process.stdout, process.stderr = (p.read() for p in (process.stdout, process.stderr))
+    process.wait(60)
+    one_sentence(process, "is full")
+    (disk/"other").unlink()
+    done = saenb("run", "orthogonality/0", "--steps", 1200, "--out", disk)
+    assert done.returncode == 0, done.stderr
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(saenb, first, beside, tmp_path):
+    """kill -9 in the harvest, in training before and after the first checkpoint, and in the evaluation."""
+    command = ("run", "orthogonality/0", "--steps", 1200, "--out")
+    whole = saenb(*command, beside)
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path/"killed"
+    (out/"tiny").mkdir(parents=True)
+    (out/"tiny"/"cache").symlink_to(first[0]/"tiny"/"cache")
+    store, record = out/"tiny"/"store"/"store.json", out/RECORD
+    def journal(): return json.loads(store.read_text()) if store.exists() else dict(shards=[], finished=False)
+    def steps(): return (record/"train_log.jsonl").read_text().count("\n") * 20 if (record/"train_log.jsonl").exists() else 0
+    checkpoint, dictionary, result = record/"checkpoint.safetensors", record/"sae"/"cfg.json", record/"evals"/"unlearning.json"
+    for moment, then in (
+            (lambda: journal()["shards"], lambda: not journal()["finished"]),
+            (lambda: steps() >= 100, lambda: journal()["finished"] and not checkpoint.exists()),
+            (lambda: checkpoint.exists() and steps() >= 540, lambda: not dictionary.exists()),
+            (dictionary.exists, lambda: not result.exists() and not (record/"final_info.json").exists())):
+        code = stop(start(*command, out, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), moment, signal.SIGKILL)
+        assert code == -signal.SIGKILL and then()
+    done = saenb(*command, out)
+    assert done.returncode == 0, done.stderr
+    for name in ("sae/sae_weights.safetensors", "sae/cfg.json", "train_log.jsonl", "config.json"):
+        assert (record/name).read_bytes() == (beside/RECORD/name).read_bytes(), name
+    assert journal()["shards"] == json.loads((first[0]/"tiny"/"store"/"store.json").read_text())["shards"]
+    assert json.loads((record/"final_info.json").read_text())["training_steps"] == 1200
+
+
+def test_ctrl_c_is_one_sentence(beside, tmp_path):
+    log = beside/RECORD/"train_log.jsonl"
+    process = start("run", "orthogonality/0", "--steps", 100000, "--out", beside, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert stop(process, lambda: log.exists() and log.stat().st_size, signal.SIGINT) == 130
+    said = process.stderr.read()
+    assert "Traceback" not in said and said.splitlines()[-1] == "saenb: Stopped; what was finished is kept, and the same command goes on from there."
