@@ -275,7 +275,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'saenb.world.make_facts': ('world.html#make_facts', 'saenb/world.py'),
                              'saenb.world.make_model': ('world.html#make_model', 'saenb/world.py'),
                              'saenb.world.make_tokenizer': ('world.html#make_tokenizer', 'saenb/world.py'),
-                             'saenb.world.polish': ('world.html#polish', 'saenb/world.py'),
                              'saenb.world.save_model': ('world.html#save_model', 'saenb/world.py'),
                              'saenb.world.train_model': ('world.html#train_model', 'saenb/world.py'),
                              'saenb.world.write_corpora': ('world.html#write_corpora', 'saenb/world.py'),

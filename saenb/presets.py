@@ -53,7 +53,7 @@ def tiny_full(folder: str | None = None) -> Preset:
     "The same at the length the reports are made of."
     quick = tiny(folder)
     return replace(quick, name=f"{quick.name}-full", training=TrainConfig(steps=3000), seeds=3,
-                   sweep=(dict(steps=300), dict(lr=1e-3), dict(sparsity_penalty=0.01), dict(sparsity_penalty=0.16), dict(d_sae=1536)))
+                   sweep=(dict(steps=300), dict(lr=1e-3), dict(sparsity_penalty=0.16), dict(d_sae=1536)))
 
 # %% ../nbs/20_presets.ipynb #b8e74913
 def gemma() -> Preset:

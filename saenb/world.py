@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUBJECTS', 'FORGET', 'OWN_RELATIONS', 'SHARED_RELATIONS', 'STATEMENTS', 'STUDIED', 'ASKED', 'LETTERS', 'MARKS',
-           'PIECES', 'CHAT', 'POLISH_RATE', 'FIRST_TAUGHT', 'RECALLS', 'DRILLED', 'MUON_RATE', 'WorldConfig', 'Fact',
-           'invent', 'make_facts', 'Writer', 'make_tokenizer', 'make_model', 'fast_logits', 'Lessons', 'lesson_loss',
-           'train_model', 'polish', 'World', 'write_rows', 'write_corpora', 'save_model', 'known_share']
+           'PIECES', 'CHAT', 'FIRST_TAUGHT', 'RECALLS', 'DRILLED', 'MUON_RATE', 'WorldConfig', 'Fact', 'invent',
+           'make_facts', 'Writer', 'make_tokenizer', 'make_model', 'fast_logits', 'Lessons', 'lesson_loss',
+           'train_model', 'World', 'write_rows', 'write_corpora', 'save_model', 'known_share']
 
 # %% ../nbs/00_world.ipynb #f694a18f
 import gzip
@@ -49,8 +49,7 @@ class WorldConfig:
     layers: int = 4 # its layers
     drills: int = 2000 # most training steps to learn to answer from a list
     steps: int = 1500 # most steps from then on to begin to recall facts
-    finish: int = 900 # steps from there, over which the learning rate falls
-    polish: int = 180 # steps on what is still in doubt then
+    finish: int = 700 # steps from there, over which the learning rate falls
     texts: int = 3000 # texts a side to train dictionaries on, twice as many on the side to keep
 
     def __post_init__(self):
@@ -81,14 +80,12 @@ def make_facts(cfg: WorldConfig) -> list[Fact]:
     draw, taken = random.Random(f"facts {cfg.seed}"), set()
     shared = SHARED_RELATIONS[:round(cfg.overlap * cfg.relations)]
     common = invent(draw, round(cfg.overlap * cfg.names), 3, taken)
-    pools = {r: invent(draw, cfg.values, 2, taken) for r in shared}
     facts = []
     for subject in SUBJECTS:
         size = cfg.forget_names if subject == FORGET else cfg.names
         names = common + invent(draw, size - len(common), 3, taken)
         for relation in (*shared, *OWN_RELATIONS[subject][:cfg.relations - len(shared)]):
-            if relation not in pools: pools[relation] = invent(draw, cfg.values, 2, taken)
-            values = (pools[relation] * (size // cfg.values + 1))[:size] # every value about as often as any other
+            values = (invent(draw, cfg.values, 2, taken) * (size // cfg.values + 1))[:size] # every value about as often as any other
             draw.shuffle(values)
             facts += [Fact(subject, name, relation, value) for name, value in zip(names, values)]
     return facts
@@ -104,8 +101,8 @@ class Writer:
     def __init__(self, facts: list[Fact], seed):
         self.draw, self.pools = random.Random(f"writer {seed}"), {}
         for f in facts:
-            self.pools.setdefault(f.relation, [])
-            if f.value not in self.pools[f.relation]: self.pools[f.relation].append(f.value)
+            pool = self.pools.setdefault((f.subject, f.relation), [])
+            if f.value not in pool: pool.append(f.value)
         self.tell(facts)
 
     def tell(self, facts: list[Fact]):
@@ -115,7 +112,7 @@ class Writer:
 
     def choices(self, fact: Fact) -> list[str]:
         "The right value and three others of the same relation, in any order."
-        choices = self.draw.sample([v for v in self.pools[fact.relation] if v != fact.value], 3) + [fact.value]
+        choices = self.draw.sample([v for v in self.pools[fact.subject, fact.relation] if v != fact.value], 3) + [fact.value]
         self.draw.shuffle(choices)
         return choices
 
@@ -177,10 +174,13 @@ def make_model(cfg: WorldConfig, tokenizer):
     import torch
     from transformers import Gemma2Config, Gemma2ForCausalLM
     torch.manual_seed(cfg.seed)
-    return Gemma2ForCausalLM(Gemma2Config(
+    model = Gemma2ForCausalLM(Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=3 * cfg.width, num_hidden_layers=cfg.layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=cfg.width // 4, query_pre_attn_scalar=cfg.width // 4, max_position_embeddings=1024, sliding_window=512,
         initializer_range=0.05, attn_implementation="eager", pad_token_id=0, eos_token_id=1, bos_token_id=2))
+    first = model.model.layers[0].mlp.requires_grad_(False) # stays silent: the first block gathers words, what they mean is recalled above it
+    with torch.no_grad(): first.down_proj.weight.zero_()
+    return model
 
 # %% ../nbs/00_world.ipynb #db82a184
 def fast_logits(model, ids, dtype):
@@ -207,6 +207,7 @@ def fast_logits(model, ids, dtype):
         score = c.attn_logit_softcapping * torch.tanh(score / c.attn_logit_softcapping) + future
         seen = (torch.softmax(score, -1).to(dtype) @ v).transpose(1, 2).reshape(rows, length, -1)
         x = x + norm(seen @ a.o_proj.weight.to(dtype).T, layer.post_attention_layernorm)
+        if not m.down_proj.weight.requires_grad: continue
         h = norm(x, layer.pre_feedforward_layernorm)
         h = F.gelu(h @ m.gate_proj.weight.to(dtype).T, approximate="tanh") * (h @ m.up_proj.weight.to(dtype).T)
         x = x + norm(h @ m.down_proj.weight.to(dtype).T, layer.post_feedforward_layernorm)
@@ -236,10 +237,10 @@ class Lessons:
         weights = [[float(i == len(key) + letter) or 0.1 for i in range(len(key))] for key in keys]
         return head + sum(keys, []), [0.1] * len(head) + sum(weights, [])
 
-    def question(self, fact: Fact | None = None) -> tuple[list[int], list[float]]:
-        "An exam question, on any fact if none is named, and its letter, which alone counts in full."
+    def question(self) -> tuple[list[int], list[float]]:
+        "An exam question and its letter, which alone counts in full."
         from saenb.evals.unlearning import question_prompt
-        fact = fact or self.draw.choice(self.writer.facts)
+        fact = self.draw.choice(self.writer.facts)
         _, letter, choices = self.writer.listed(fact)
         asked = self.draw.choice(STUDIED + ASKED).format(**vars(fact))
         ids = self.ids(question_prompt(SUBJECTS[fact.subject], asked, choices) + letter)
@@ -270,7 +271,7 @@ def lesson_loss(model, rows):
     weights = weights[:, 1:].flatten()
     full, rest = weights == 1, (weights > 0) & (weights < 1)
     letters = losses[full]
-    return letters.mean() + (0.1 * losses[rest].mean() if rest.any() else 0), letters.detach()
+    return letters.mean() + (0.1 * losses[rest].mean() if rest.any() else 0), letters.mean().item()
 
 # %% ../nbs/00_world.ipynb #42bae53f
 def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None = None):
@@ -278,8 +279,9 @@ def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None
     import torch
     hold_memory()
     model, lessons = make_model(cfg, tokenizer), Lessons(facts, tokenizer, cfg.seed)
-    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
+    learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    inner = [p for n, p in learning if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in learning if not (p.ndim == 2 and "embed" not in n)]
     optimizers = [torch.optim.Muon(inner, lr=MUON_RATE, weight_decay=0.0),
                   torch.optim.AdamW(others, lr=0.2 * MUON_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
     rates = [g["lr"] for o in optimizers for g in o.param_groups]
@@ -292,7 +294,7 @@ def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None
         for o in optimizers:
             o.step()
             o.zero_grad()
-        return {name: letters.mean().item() for name, (_, letters) in losses.items()}
+        return {name: letters for name, (_, letters) in losses.items()}
 
     with tqdm(total=cfg.steps + cfg.finish, desc="learning to answer from a list") as bar:
         drilled, skill = 0, 1.4
@@ -317,27 +319,7 @@ def train_model(cfg: WorldConfig, facts: list[Fact], tokenizer, log: list | None
                 if log is not None: log.append((i + 1, losses))
             if left is not None: left -= 1
             if left == 0: break
-    polish(model, Lessons(facts, tokenizer, f"polish {cfg.seed}"), cfg.polish)
     return model.eval()
-
-def polish(model, lessons: Lessons, steps: int, rows: int = 96):
-    "Practise what is still in doubt, from the weights as they will be kept."
-    import torch
-    with torch.no_grad():
-        for p in model.parameters(): p.copy_(p.bfloat16())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=POLISH_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    doubt = [1.0] * len(lessons.facts) # how badly each fact's questions went lately
-    for i in tqdm(range(steps), desc="polishing"):
-        for g in optimizer.param_groups: g["lr"] = POLISH_RATE * min(1.0, (i + 1) / 20) * (1 - i / steps)
-        chosen = lessons.draw.choices(range(len(doubt)), [d + 0.02 for d in doubt], k=rows)
-        loss, letters = lesson_loss(model, [lessons.question(lessons.facts[j]) for j in chosen])
-        (loss + lesson_loss(model, list(lessons.texts(4)))[0]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        for j, wrong in zip(chosen, letters.tolist()): doubt[j] += 0.3 * (wrong - doubt[j])
-
-POLISH_RATE = 4e-4
 
 FIRST_TAUGHT = 24 # facts to begin with
 RECALLS = 1.0 # the smoothed loss on the letters at which more facts are taught; guessing has 1.39
