@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as e:
         if e.errno not in UNWRITABLE: raise
-        print(f"saenb: {e.filename} cannot be written ({e.strerror}); what was finished is kept, so mend that or choose another folder, and run the same command again.",
+        print(f"saenb: {e.filename or getattr(args, 'out', '.')} cannot be written ({e.strerror}); what was finished is kept, so mend that or choose another folder, and run the same command again.",
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:
