@@ -49,7 +49,7 @@ def fresh(store):
 @pytest.fixture(scope="session")
 def trained(store, fresh):
     from saenb.train import TrainConfig, Trainer
-    return Trainer(fresh(d_sae=512), store, cfg=TrainConfig(steps=800)).fit(progress=False)
+    return Trainer(fresh(d_sae=512), store, cfg=TrainConfig(steps=800, lr=1e-3)).fit(progress=False)
 
 
 @pytest.fixture

@@ -244,7 +244,7 @@ def test_a_disk_that_fills_up_in_training(saenb, one_sentence, mounted, beside):
     disk = mounted("size=12m")
     (disk/"tiny").mkdir()
     for name in ("store", "cache"): (disk/"tiny"/name).symlink_to((beside/"tiny"/name).resolve())
-    process = start("run", "orthogonality/0", "--steps", 1200, "--out", disk, cwd=disk.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start("run", "orthogonality/0", "--steps", 400, "--out", disk, cwd=disk.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (disk/RECORD/"train_log.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -256,13 +256,13 @@ def test_a_disk_that_fills_up_in_training(saenb, one_sentence, mounted, beside):
     process.wait(60)
     one_sentence(process, str(disk), "No space left")
     (disk/"other").unlink()
-    done = saenb("run", "orthogonality/0", "--steps", 1200, "--out", disk)
+    done = saenb("run", "orthogonality/0", "--steps", 400, "--out", disk)
     assert done.returncode == 0, done.stderr
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(saenb, first, beside, tmp_path):
     """kill -9 in the harvest, in training before and after the first checkpoint, and in the evaluation."""
-    command = ("run", "orthogonality/0", "--steps", 1200, "--out")
+    command = ("run", "orthogonality/0", "--steps", 700, "--out")
     whole = saenb(*command, beside)
     assert whole.returncode == 0, whole.stderr
     out = tmp_path/"killed"
@@ -284,7 +284,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(saenb, first, beside, 
     for name in ("sae/sae_weights.safetensors", "sae/cfg.json", "train_log.jsonl", "config.json"):
         assert (record/name).read_bytes() == (beside/RECORD/name).read_bytes(), name
     assert journal()["shards"] == json.loads((first[0]/"tiny"/"store"/"store.json").read_text())["shards"]
-    assert json.loads((record/"final_info.json").read_text())["training_steps"] == 1200
+    assert json.loads((record/"final_info.json").read_text())["training_steps"] == 700
 
 
 def test_ctrl_c_is_one_sentence(beside, tmp_path):

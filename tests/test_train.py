@@ -42,7 +42,7 @@ def test_the_loop_equals_a_plain_one(store, fresh):
         trainer.one_step(batch)
         x, rise = batch.x / scale, min(1, (i + 1) / 5)
         f = torch.relu((x - b_dec) @ W_enc + b_enc)
-        loss = (f @ W_dec + b_dec - x).pow(2).sum(1).mean() + cfg.sparsity_penalty * rise * f.abs().sum(1).mean()
+        loss = (f @ W_dec + b_dec - x).pow(2).sum(1).mean() + cfg.sparsity_penalty * rise * (2304 / store.d_in) ** 0.5 * f.abs().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec.detach()
