@@ -193,7 +193,7 @@ class Exam:
 
     def __repr__(self):
         counts = ", ".join(f"{k} {len(v)}" for k, v in self.known.items())
-        return f"Exam(layer {self.layer} of {self.model.cfg.model_name}; known: {counts})"
+        return f"Exam(layer {self.layer}; known: {counts})"
 
 # %% ../../nbs/10_unlearning.ipynb #7010e274
 def reference_rows(tokenizer, texts: list[str], seq_len: int) -> torch.Tensor:
