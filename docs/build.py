@@ -17,6 +17,7 @@ DIRECTIVE = re.compile(r"\s*#\|\s*([\w-]+):\s*(.*)")
 # The links that nbdev makes to a symbol's documentation and, in what show_doc prints, to its source and under its name.
 SYMBOL = re.compile(r"\]\(/([\w/-]+)\.html#([\w.]+)\)")
 SHOW_DOC = re.compile(r"---\n+(?:\[source\]\(/blob/\w+/(\S+)#L(\w+)\)\{.*?\}\n+)?(#+ (\S+)\n.*)", re.DOTALL)
+TARGET = re.compile(r"^\((\S+)\)=$", re.MULTILINE)
 CALLOUT = re.compile(r"^(:{3,}) *\{\.callout-(\w+).*\}", re.MULTILINE)
 ELSEWHERE = re.compile(r"""<(?:script|img|iframe|source|video|audio)\b[^>]*\bsrc=["']?(?:https?:)?//
                          | <link\b[^>]*\bhref=["']?(?:https?:)?// | @import\s+["'](?:https?:)?//
@@ -67,8 +68,11 @@ def convert(nb, page):
     head = f"# {front['title']}\n\n{front.get('description', '')}" if "title" in front else ""
     nb.cells = [nbformat.v4.new_markdown_cell(head)] + [
         convert_code(cell, page) if cell.cell_type == "code" else cell for cell in nb.cells if cell.cell_type != "raw"]
+    seen = set()  # targets know no capitals: of a class and a function of one name, the first gets the links
     for cell in nb.cells:
-        if cell.cell_type == "markdown": cell.source = CALLOUT.sub(r"\1{\2}", cell.source)
+        if cell.cell_type != "markdown": continue
+        cell.source = CALLOUT.sub(r"\1{\2}", cell.source)
+        cell.source = TARGET.sub(lambda match: "" if match[0] in seen else seen.add(match[0]) or match[0], cell.source)
     nb.metadata = {"kernelspec": {"name": "python3", "display_name": "python3"},
                    "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
 
@@ -103,7 +107,7 @@ def main():
         convert(nb, page)
     notebooks[folder / "index.ipynb"].cells.append(toctree({name.removesuffix(".ipynb") for name in pages.values()}))
     markdown = [cell for nb in notebooks.values() for cell in nb.cells if cell.cell_type == "markdown"]
-    targets = {name for cell in markdown for name in re.findall(r"^\((\S+)\)=$", cell.source, re.MULTILINE)}
+    targets = {name for cell in markdown for name in TARGET.findall(cell.source)}
     for path, nb in notebooks.items():
         for cell in nb.cells:
             if cell.cell_type == "markdown": cell.source = link(cell.source, pages, targets)

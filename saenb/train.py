@@ -69,7 +69,7 @@ class Step:
     f: torch.Tensor # activations [n, d_sae]
     reconstruction: torch.Tensor # [n, d_in]
     losses: dict # terms of the loss so far, by name
-    trainer: "Trainer" # for its optimiser, its generator and its configuration
+    trainer: object # the Trainer below, for its optimiser, its generator and its configuration
 
     @property
     def x(self): return self.batch.x
