@@ -207,7 +207,7 @@ def fast_logits(model, ids, dtype):
         score = c.attn_logit_softcapping * torch.tanh(score / c.attn_logit_softcapping) + future
         seen = (torch.softmax(score, -1).to(dtype) @ v).transpose(1, 2).reshape(rows, length, -1)
         x = x + norm(seen @ a.o_proj.weight.to(dtype).T, layer.post_attention_layernorm)
-        if not m.down_proj.weight.requires_grad: continue
+        if not m.down_proj.weight.any(): continue # silent
         h = norm(x, layer.pre_feedforward_layernorm)
         h = F.gelu(h @ m.gate_proj.weight.to(dtype).T, approximate="tanh") * (h @ m.up_proj.weight.to(dtype).T)
         x = x + norm(h @ m.down_proj.weight.to(dtype).T, layer.post_feedforward_layernorm)
@@ -262,7 +262,7 @@ class Lessons:
             del self.pending[:length - 1]
 
 def lesson_loss(model, rows):
-    "Weighted cross-entropy on one kind of lesson, and its parts that count in full."
+    "Weighted cross-entropy on one kind of lesson, and the mean of its parts that count in full."
     import torch
     import torch.nn.functional as F
     ids, weights = (torch.nn.utils.rnn.pad_sequence([torch.tensor(r[i]) for r in rows], batch_first=True) for i in (0, 1))
@@ -379,11 +379,13 @@ class World:
         log: list | None = None, # receives the model's training curve
     ) -> "World":
         "Make a world from its seed: facts, texts, questions, and a model that learns them."
+        from saenb.tasks import write_tasks # which builds on this module
         folder, began = Path(folder), time.perf_counter()
         if (folder/"world.json").exists():
             raise SaenbError(f"{folder} holds a world already; choose another folder or delete that one.")
         facts = make_facts(cfg)
         write_corpora(folder, cfg, facts)
+        write_tasks(folder, cfg, facts)
         tokenizer = make_tokenizer(facts)
         save_model(folder/"model", train_model(cfg, facts, tokenizer, log), tokenizer)
         known = known_share(folder)
@@ -425,5 +427,5 @@ def known_share(folder: Path) -> float:
     world = object.__new__(World)
     world.path = folder
     sources = world.question_sources()
-    exam = Exam(world.model(), UnlearningSetup(sources, *world.text_sources("forget"), *world.text_sources("retain")), World.layer)
+    exam = Exam(world.model(), UnlearningSetup(questions=sources, forget=world.text_sources("forget")[0], retain=world.text_sources("retain")[0]), World.layer)
     return sum(map(len, exam.known.values())) / sum(len(s.load()) for s in sources)

@@ -8,6 +8,7 @@ __all__ = ['weights_finding', 'unexplained', 'autopsy', 'nearest']
 # %% ../../nbs/12_autopsy.ipynb #6fc5c505
 import torch
 
+from .base import encoded
 from .unlearning import Exam, UnlearningSetup, evaluate
 from ..sae import SAE
 
@@ -30,8 +31,7 @@ def unexplained(exam: Exam, sae: SAE) -> float:
     error = total = 0.0
     for stream, keep in exam.corpus("retain"):
         x = stream[keep]
-        positions = torch.arange(stream.shape[1]).expand(stream.shape[:2])
-        error += (sae(stream, positions)[keep] - x).pow(2).sum().item()
+        error += (sae.decode(encoded(sae, stream)[keep]) - x).pow(2).sum().item()
         total += (x - sae.b_dec if sae.b_dec.any() else x - x.mean(0)).pow(2).sum().item()
     return error / total
 

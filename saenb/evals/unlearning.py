@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'LETTERS', 'ORDERS', 'LEVELS', 'Grid', 'UnlearningSetup', 'question_prompt', 'letter_tokens', 'padded',
-           'only_above', 'tiny_is_zero', 'read_letters', 'Exam', 'reference_rows', 'corpus_rows', 'Usage', 'usage',
-           'choose_features', 'clamped', 'plain_answers', 'Outcome', 'Clamps', 'trade_off', 'selectivity',
-           'bootstrap_score', 'settings_of', 'clamp_value', 'judge', 'score_of', 'evaluate', 'result_id', 'as_saebench']
+           'only_above', 'tiny_is_zero', 'read_letters', 'Exam', 'Usage', 'usage', 'choose_features', 'clamped',
+           'plain_answers', 'Outcome', 'Clamps', 'trade_off', 'selectivity', 'bootstrap_score', 'settings_of',
+           'clamp_value', 'judge', 'score_of', 'evaluate', 'config_of']
 
 # %% ../../nbs/10_unlearning.ipynb #4130bec9
 import itertools
-import math
-import random
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,10 +19,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..core import SaenbError, fingerprint, hold_memory, read_json, write_json
-from ..harvest import is_text, stream_at
+from ..core import SaenbError, fingerprint, read_json, write_json
+from .base import CorpusSetup, Readings, as_saebench, check_width, encoded
+from ..harvest import stream_at
 from ..sae import SAE
-from ..sources import QuestionSource, TextSource
+from ..sources import QuestionSource
 
 # %% ../../nbs/10_unlearning.ipynb #3d46ab88
 @dataclass(frozen=True)
@@ -37,16 +36,11 @@ class Grid:
 
 REFERENCE = Grid() # SAEBench's settings, tuned for gemma-2-2b
 
-@dataclass(frozen=True)
-class UnlearningSetup:
+@dataclass(frozen=True, kw_only=True)
+class UnlearningSetup(CorpusSetup):
     "Everything outside the model and the dictionary."
     questions: tuple[QuestionSource, ...] # the first subject is to be forgotten, the others are to be kept
-    forget: TextSource # texts on the subject to forget
-    retain: TextSource # texts on anything else
     grid: Grid = REFERENCE # the settings that the score is taken over
-    dataset_size: int = 1024 # rows of text a corpus
-    seq_len: int = 1024 # tokens a row
-    random_seed: int = 42 # decides which rows
     retain_floor: float = 0.99 # a setting counts if this share of retained questions is still right
     lowest_retain: float = 0.90 # how far down the trade-off is followed; settings below it are abandoned
     batch_tokens: int = 2**14 # tokens the model reads at a time
@@ -109,9 +103,10 @@ class Exam:
         setup: UnlearningSetup, # what is asked
         layer: int, # the dictionaries' layer
         cache: str | Path | None = None, # folder in which the known questions are remembered
+        readings: Readings | None = None, # what the layer made of texts before, for other evaluations
     ):
-        hold_memory()
         self.model, self.setup, self.layer = model, setup, layer
+        self.readings = readings or Readings(model, layer, setup.batch_tokens)
         self.letters = letter_tokens(model.tokenizer)
         self.depth = model.cfg.n_layers
         self.known = self._known(cache)
@@ -124,7 +119,6 @@ class Exam:
         self.forgets = torch.tensor([s == 0 for s in self.subject], dtype=torch.bool)
         self.answer = torch.tensor(self.answer)
         self.streams, self.base = self._base()
-        self._corpora = {}
 
     def _tokens(self, source, row, order):
         prompt = question_prompt(source.spoken, row["question"], [row["choices"][i] for i in order])
@@ -178,47 +172,12 @@ class Exam:
             return read_letters(self.model, streams, lengths, self.letters, start_at_layer=self.layer + 1)
 
     def corpus(self, side: str):
-        "The stream of one corpus, in batches of rows; small ones are kept in memory."
-        if side not in self._corpora:
-            tokens = corpus_rows(self.model.tokenizer, self.setup)[side]
-            size = tokens.numel() * self.model.cfg.d_model * 4
-            batches = self._read(tokens)
-            self._corpora[side] = list(batches) if size < 2**30 else tokens
-        kept = self._corpora[side]
-        return kept if isinstance(kept, list) else self._read(kept)
-
-    def _read(self, tokens):
-        for rows in tokens.split(max(1, self.setup.batch_tokens // tokens.shape[1])):
-            yield stream_at(self.model, rows, self.layer), is_text(rows, self.model.tokenizer)
+        "Batches of (stream, which tokens are text) of one corpus."
+        return ((stream, keep) for _, stream, keep in self.readings.corpus(self.setup, side))
 
     def __repr__(self):
         counts = ", ".join(f"{k} {len(v)}" for k, v in self.known.items())
         return f"Exam(layer {self.layer}; known: {counts})"
-
-# %% ../../nbs/10_unlearning.ipynb #7010e274
-def reference_rows(tokenizer, texts: list[str], seq_len: int) -> torch.Tensor:
-    "Texts as rows of tokens, cut the reference's way."
-    text = tokenizer.eos_token.join(texts)
-    piece = (len(text) - 1) // 20 + 1
-    tokens = tokenizer([text[i * piece:(i + 1) * piece] for i in range(20)], return_tensors="pt", padding=True)["input_ids"].flatten()
-    tokens = tokens[tokens != tokenizer.pad_token_id]
-    rows = tokens[:len(tokens) // seq_len * seq_len].view(-1, seq_len).clone()
-    rows[:, 0] = tokenizer.bos_token_id
-    return rows
-
-def corpus_rows(tokenizer, setup: UnlearningSetup) -> dict[str, torch.Tensor]:
-    "The rows of both corpora that a setup measures densities on."
-    draw = random.Random(setup.random_seed)
-    forget, retain = ([t for t in source if len(t) > 50] for source in (setup.forget, setup.retain))
-    forget = draw.sample(forget, min(setup.dataset_size, len(forget)))
-    shuffle = torch.Generator().manual_seed(setup.random_seed)
-    rows = {}
-    for side, texts, source in (("forget", forget, setup.forget), ("retain", retain, setup.retain)):
-        cut = reference_rows(tokenizer, texts, setup.seq_len) if texts else torch.zeros(0, setup.seq_len)
-        if not len(cut):
-            raise SaenbError(f"The {side} corpus {source.path} does not fill one row of {setup.seq_len} tokens; give more text or shorter rows.")
-        rows[side] = cut[torch.randperm(len(cut), generator=shuffle)][:setup.dataset_size]
-    return rows
 
 # %% ../../nbs/10_unlearning.ipynb #a2ba27fc
 @dataclass
@@ -235,7 +194,7 @@ def usage(exam: Exam, sae) -> Usage:
     for side in ("forget", "retain"):
         count, total, tokens = torch.zeros(sae.cfg.d_sae), torch.zeros(sae.cfg.d_sae), 0
         for stream, keep in exam.corpus(side):
-            f = sae.encode(stream, torch.arange(stream.shape[1]).expand(stream.shape[:2]))[keep]
+            f = encoded(sae, stream)[keep]
             count += (f > 0).float().sum(0)
             total += f.sum(0)
             tokens += len(f)
@@ -253,7 +212,7 @@ def choose_features(use: Usage, threshold: float) -> np.ndarray:
 @torch.no_grad()
 def clamped(sae, stream: torch.Tensor, features, value) -> torch.Tensor:
     "The stream with the chosen features clamped to `-value` wherever they are active."
-    f = sae.encode(stream, torch.arange(stream.shape[1]).expand(stream.shape[:2]))
+    f = encoded(sae, stream)
     f[:, 0] = 0
     error = stream - sae.decode(f)
     chosen = f[..., features]
@@ -295,7 +254,7 @@ class Clamps:
         kept = [None] * len(self.exam.streams)
         for group in self.exam.batches([len(s) for s in self.exam.streams]):
             stream = padded([self.exam.streams[i] for i in group])
-            f = self.sae.encode(stream, torch.arange(stream.shape[1]).expand(stream.shape[:2]))[..., list(self.column)]
+            f = encoded(self.sae, stream)[..., list(self.column)]
             f[:, 0] = 0
             for i, row in zip(group, f): kept[i] = row[:len(self.exam.streams[i])].clone()
         return kept
@@ -408,9 +367,7 @@ def evaluate(
     exam: Exam | None = None, # the exam on that model and setup, where one is at hand from another dictionary
 ) -> dict:
     "How well a dictionary lets a model unlearn, in SAEBench's shape."
-    if sae.cfg.d_in != model.cfg.d_model:
-        raise SaenbError(f"The dictionary reads a stream of width {sae.cfg.d_in} and the model's is {model.cfg.d_model} wide; "
-                         "evaluate it on the model it was trained on.")
+    check_width(model, sae)
     exam = exam or Exam(model, setup, sae.cfg.hook_layer)
     if not exam.forgets.any() or exam.forgets.all():
         empty = [k for k, v in exam.known.items() if not v]
@@ -439,19 +396,10 @@ def evaluate(
         passing={str(t): int(len(choose_features(use, t))) for t in setup.grid.thresholds},
         alive=int(((use.forget > 0) | (use.retain > 0)).sum()),
         work=dict(layer_passes=work, plain=plain, saved=1 - work / plain, seconds=time.perf_counter() - began))
-    return as_saebench(sae, setup, ours)
+    return as_saebench("unlearning", sae, setup, config_of(setup), dict(unlearning=dict(unlearning_score=ours["score"])), ours)
 
-def result_id(sae: SAE, setup: UnlearningSetup) -> str:
-    "A name that changes with the dictionary's weights and with what it is asked."
-    return fingerprint([asdict(setup), sae.fingerprint()])
-
-def as_saebench(sae: SAE, setup: UnlearningSetup, ours: dict) -> dict:
-    "A result under SAEBench's field names."
-    config = dict(random_seed=setup.random_seed, dataset_names=[q.subject for q in setup.questions], intervention_method="clamp_feature_activation",
-                  retain_thresholds=list(setup.grid.thresholds), n_features_list=list(setup.grid.n_features), multipliers=list(setup.grid.multipliers),
-                  dataset_size=setup.dataset_size, seq_len=setup.seq_len, n_batch_loss_added=50, target_metric="correct", save_metrics=True,
-                  model_name=sae.cfg.model_name, llm_batch_size=0, llm_dtype="float32")
-    return dict(eval_type_id="unlearning", eval_config=config, eval_id=result_id(sae, setup),
-                datetime_epoch_millis=int(time.time() * 1000), eval_result_metrics=dict(unlearning=dict(unlearning_score=ours["score"])),
-                eval_result_details=[], sae_bench_commit_hash="", sae_lens_id="custom_sae", sae_lens_release_id="saenb", sae_lens_version="",
-                sae_cfg_dict={k: v for k, v in asdict(sae.cfg).items()}, eval_result_unstructured=ours)
+def config_of(setup: UnlearningSetup) -> dict:
+    "A setup under SAEBench's names."
+    return dict(random_seed=setup.random_seed, dataset_names=[q.subject for q in setup.questions], intervention_method="clamp_feature_activation",
+                retain_thresholds=list(setup.grid.thresholds), n_features_list=list(setup.grid.n_features), multipliers=list(setup.grid.multipliers),
+                dataset_size=setup.dataset_size, seq_len=setup.seq_len, n_batch_loss_added=50, target_metric="correct", save_metrics=True, llm_batch_size=0)
