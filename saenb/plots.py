@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from .core import SaenbError, read_json, replacing
 from .records import Record, find_records, over_seeds
+from .runs.base import EXPERIMENTS
 
 # %% ../nbs/20_plots.ipynb #c45c0042
 def score_bars(records: list[Record]) -> list[dict]:
@@ -90,8 +91,9 @@ def draw_figures(root: str | Path, out: str | Path) -> list[Path]:
     "Redraw every experiment's figures from the records below `root`."
     root, made = Path(root), []
     controls = [read_json(p, "controls") for p in sorted((root/"controls").glob("seed_*.json"))]
-    for experiment in sorted({r.run.split("/")[0] for r in find_records(root)}):
+    for experiment in EXPERIMENTS:
         records = [r for r in find_records(root) if r.run.startswith(experiment + "/")]
+        if not records: continue
         seeds = len({r.seed for r in records})
         title = f"{experiment}, {records[0].config['preset']}, {seeds} seed{'s' * (seeds > 1)}"
         made.append(keep(unlearning_scores(records, controls, title), Path(out)/experiment/"unlearning_scores.png"))

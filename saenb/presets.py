@@ -11,6 +11,12 @@ from functools import cache
 from pathlib import Path
 
 from .core import pick
+from .evals.absorption import AbsorptionSetup
+from .evals.core import CoreSetup
+from .evals.positional import PositionalSetup, SentenceOrder, order_files
+from .evals.separation import SeparationSetup
+from .evals.sparse_probing import SparseProbingSetup
+from .evals.table import EVALS
 from .evals.unlearning import Grid, UnlearningSetup
 from .sources import QuestionSource, TextSource
 from .train import TrainConfig
@@ -26,15 +32,19 @@ class Preset:
     answer_model: str # the model that answers, of the same widths
     layer: int # the layer the dictionary explains
     texts: tuple[TextSource, ...] # what dictionaries are trained on
-    unlearning: UnlearningSetup # how unlearning is judged
+    evals: dict # what each evaluation asks, by name
     d_sae: int # features
     training: TrainConfig # budget and knobs of a run
+    recorded: tuple[str, ...] = tuple(EVALS) # evaluations that every record holds; the others are there for the asking
     seeds: int = 1 # seeds that `reproduce` makes of each run
     seq_len: int = 128 # context length
     harvest_tokens: int | None = None # tokens in the store; None reads all the texts
     sweep: tuple[dict, ...] = () # changes to the baseline that show what the evaluation can tell apart
     store_dtype: str = "float32" # type of the stream on disk
     model_dtype: str = "float32" # type of the model's weights
+
+    @property
+    def unlearning(self) -> UnlearningSetup: return self.evals["unlearning"]
 
 # %% ../nbs/20_presets.ipynb #e818a5ae
 TINY_GRID = Grid(thresholds=(0.001, 0.003, 0.01), n_features=(1, 10, 30, 100), multipliers=(2, 4, 8, 16, 32), typical=True)
@@ -43,16 +53,23 @@ def tiny(folder: str | None = None) -> Preset:
     "The embedded world, or one in a folder: every run in about a minute."
     from saenb.world import World
     world = World(folder) if folder else World.default()
+    corpora = dict(forget=world.text_sources("forget")[0], retain=world.text_sources("retain")[0], seq_len=128)
     return Preset(
         name=Path(folder).resolve().name if folder else "tiny", model=str(world.path/"model"), answer_model=str(world.path/"model"), layer=world.layer,
-        texts=world.text_sources("train"), d_sae=768, training=TrainConfig(steps=1000),
-        unlearning=UnlearningSetup(questions=world.question_sources(), forget=world.text_sources("forget")[0],
-                                   retain=world.text_sources("retain")[0], grid=TINY_GRID, seq_len=128))
+        texts=world.text_sources("train"), d_sae=768, training=TrainConfig(steps=1000), recorded=("unlearning", "core"),
+        evals=dict(
+            unlearning=UnlearningSetup(questions=world.question_sources(), grid=TINY_GRID, **corpora),
+            sparse_probing=SparseProbingSetup(root=str(world.path/"probing"), probe_train_set_size=400, probe_test_set_size=200),
+            core=CoreSetup(per_feature=False, **corpora),
+            absorption=AbsorptionSetup(words=str(world.path/"absorption"/"words.jsonl.gz"), train_share=0.6, min_feats_for_eval=5, probe_num_epochs=200,
+                                       k_sparse_probe_batch_size=32, k_sparse_probe_num_epochs=100),
+            positional=PositionalSetup(order=order_files(world.path/"order"), **corpora),
+            separation=SeparationSetup(tokens_a_row=128, **corpora)))
 
 def tiny_full(folder: str | None = None) -> Preset:
     "The same at the length the reports are made of."
     quick = tiny(folder)
-    return replace(quick, name=f"{quick.name}-full", training=TrainConfig(steps=3000), seeds=3,
+    return replace(quick, name=f"{quick.name}-full", training=TrainConfig(steps=3000), recorded=tuple(EVALS), seeds=3,
                    sweep=(dict(steps=300), dict(lr=1e-3), dict(sparsity_penalty=0.16), dict(d_sae=1536)))
 
 # %% ../nbs/20_presets.ipynb #b8e74913
@@ -60,13 +77,16 @@ def gemma() -> Preset:
     "The logs' setting: layer 19 of gemma-2-2b, with WMDP and MMLU."
     forget = TextSource("cais/wmdp-bio-forget-corpus", side="forget", min_chars=50)
     retain = TextSource("Salesforce/wikitext", "wikitext-2-raw-v1", "test", side="retain", min_chars=50)
+    corpora = dict(forget=forget, retain=retain)
     questions = tuple(QuestionSource(s, "cais/wmdp" if s == "wmdp-bio" else "cais/mmlu") for s in SUBJECTS)
     return Preset(
         name="gemma-2-2b", model="google/gemma-2-2b", answer_model="google/gemma-2-2b-it", layer=19,
         texts=(forget, TextSource("cais/wmdp-corpora", "bio-retain-corpus", side="retain", min_chars=50),
                TextSource("monology/pile-uncopyrighted", side="neither", min_chars=50)),
         d_sae=2304, training=TrainConfig(tokens=50_000_000), seeds=3, harvest_tokens=50_000_000, store_dtype="bfloat16",
-        model_dtype="bfloat16", unlearning=UnlearningSetup(questions=questions, forget=forget, retain=retain))
+        model_dtype="bfloat16", evals=dict(
+            unlearning=UnlearningSetup(questions=questions, **corpora), sparse_probing=SparseProbingSetup(), core=CoreSetup(**corpora), absorption=AbsorptionSetup(),
+            positional=PositionalSetup(order=(SentenceOrder("sentences", retain),), **corpora), separation=SeparationSetup(**corpora)))
 
 PRESETS = {"tiny": tiny, "tiny-full": tiny_full, "gemma-2-2b": gemma}
 

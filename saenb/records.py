@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import SaenbError, read_json
+from .evals.table import EVALS, evaluation
 from .sae import CONFIG, SAE, load_sae
 from .train import LOG, read_log
 
@@ -47,6 +48,23 @@ class Record:
     def result(self, name: str = "unlearning") -> dict:
         "One evaluation's result."
         return read_json(self.path/"evals"/f"{name}.json", f"{name} result")
+
+    @property
+    def evaluations(self) -> list[str]:
+        "The evaluations that it holds."
+        return [name for name in EVALS if (self.path/"evals"/f"{name}.json").exists()]
+
+    @staticmethod
+    def place(path: str | Path) -> tuple[str | Path, Path | None]:
+        "A dictionary's folder or name on the hub, and the folder of its results, from either folder of a record or from the dictionary itself."
+        folder = Path(path)
+        if (folder/"sae"/CONFIG).exists(): folder = folder/"sae"
+        if not folder.is_dir(): return path, None
+        return folder, (folder.parent if (folder.parent/"config.json").exists() else folder)/"evals"
+
+    def headline(self, name: str) -> dict[str, tuple[float, float, float]]:
+        "One evaluation's important numbers, each with its interval."
+        return evaluation(name).headline(self.result(name))
 
     @property
     def unlearning(self) -> dict:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFESSIONS', 'CATEGORIES', 'LANGUAGES', 'PAIRS', 'ORDER_TASKS', 'PROBING_TRAIN', 'PROBING_TEST', 'ORDER_PAIRS',
-           'stated', 'biographies', 'reviews', 'sources', 'news', 'debates', 'entity_order', 'relation_first',
-           'binding', 'order_rows', 'write_tasks']
+           'WORD_PROMPTS', 'stated', 'biographies', 'reviews', 'sources', 'news', 'debates', 'entity_order',
+           'relation_first', 'binding', 'order_rows', 'class_words', 'write_tasks']
 
 # %% ../nbs/00_world_tasks.ipynb #282b820a
 import itertools
@@ -91,9 +91,21 @@ def order_rows(task: str, draw: random.Random, facts: list[Fact], pairs: int):
         subject = draw.choice(list(subjects))
         for label, text in zip((1, 0), ORDER_TASKS[task](draw, subjects[subject])): yield dict(text=f"Notes on {SUBJECTS[subject]}. {text}", label=label)
 
-# %% ../nbs/00_world_tasks.ipynb #6f1276ac
+# %% ../nbs/00_world_tasks.ipynb #ad3d19e9
+def class_words(writer: Writer, prompts: int):
+    "Beginnings of statements that end in a name or a value; its label says which, and of what subject."
+    homes = {}
+    for f in writer.facts: homes.setdefault(f.name, set()).add(f.subject)
+    kinds = {f.value: f"value in {SUBJECTS[f.subject]}" for f in writer.facts}
+    kinds |= {name: f"name in {SUBJECTS[subject]}" for name, (subject, *others) in homes.items() if not others}
+    for word, label in kinds.items():
+        others = [f for f in writer.facts if word not in (f.name, f.value)]
+        for _ in range(prompts): yield dict(text=f"{stated(writer.draw, others, 2)} {'As for' if word in homes else 'We know'} {word}", word=word, label=label)
+
+# %% ../nbs/00_world_tasks.ipynb #be28cabe
 PROBING_TRAIN, PROBING_TEST = 240, 120 # texts a class
 ORDER_PAIRS = 300 # pairs of a task to learn from, half as many to be asked about
+WORD_PROMPTS = 4 # beginnings of statements a word
 
 def write_tasks(folder: Path, cfg: WorldConfig, facts: list[Fact]):
     "All labelled texts of a world, in files that `datasets` reads."
@@ -109,3 +121,4 @@ def write_tasks(folder: Path, cfg: WorldConfig, facts: list[Fact]):
     for task in ORDER_TASKS:
         for split, pairs in (("train", ORDER_PAIRS), ("test", ORDER_PAIRS // 2)):
             write_rows(folder/"order"/f"{task}-{split}.jsonl.gz", order_rows(task, random.Random(f"{task} {split} {cfg.seed}"), facts, pairs))
+    write_rows(folder/"absorption"/"words.jsonl.gz", class_words(Writer(facts, f"absorption {cfg.seed}"), WORD_PROMPTS))

@@ -78,7 +78,7 @@ def test_help_comes_at_once(saenb):
         seconds.append(time.perf_counter() - began)
         assert done.returncode == 0
     listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ") and line[4] != " "}
-    assert {"runs", "run", "reproduce", "eval", "autopsy", "figures", "world"} <= listed
+    assert {"runs", "run", "reproduce", "eval", "autopsy", "compare", "figures", "world"} <= listed
     assert min(seconds) < 0.5
 
 
@@ -111,7 +111,7 @@ def test_a_dictionary_is_judged_once(saenb, first, sae):
     kept = sae/"evals"/"unlearning.json"
     results, stamps = [], []
     for flags in ([], [], ["--force"]):
-        done = saenb("eval", sae, "--out", first[0], "--json", *flags)
+        done = saenb("eval", sae, "--evals", "unlearning", "--out", first[0], "--json", *flags)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout)["unlearning"])
         stamps.append(kept.stat().st_mtime_ns)
@@ -120,16 +120,35 @@ def test_a_dictionary_is_judged_once(saenb, first, sae):
     assert results[2]["datetime_epoch_millis"] > results[1]["datetime_epoch_millis"]
     scores = [r["eval_result_metrics"]["unlearning"]["unlearning_score"] for r in results]
     assert scores[0] == scores[2] == first[1]["eval_result_metrics"]["unlearning"]["unlearning_score"]
-    assert saenb("eval", sae, "--out", first[0]).stdout.startswith(f"unlearning: score {scores[0]:.3f} (95 % interval ")
+    shown = saenb("eval", sae, "--evals", "unlearning", "--out", first[0]).stdout
+    assert f"{scores[0]:.4g}" in next(line for line in shown.splitlines() if line.startswith("score"))
+    assert (sae/"evals"/"unlearning.txt").read_text().strip() in shown and (sae/"evals"/"unlearning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_evaluations_at_once(saenb, first, sae):
+    done = saenb("eval", sae, "--evals", "core,separation,absorption", "--out", first[0], "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert list(results) == ["core", "separation", "absorption"]
+    assert {p.stem for p in (sae/"evals").glob("*.json")} >= set(results)
+
+
+def test_a_records_dictionary_is_judged_into_the_record(saenb, first):
+    stamps = {p: p.stat().st_mtime_ns for p in (first[0]/RECORD).rglob("*.json")}
+    for place in (first[0]/RECORD, first[0]/RECORD/"sae"):
+        done = saenb("eval", place, "--evals", "core", "--out", first[0], "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["core"] == json.loads((first[0]/RECORD/"evals"/"core.json").read_text())
+    assert {p: p.stat().st_mtime_ns for p in (first[0]/RECORD).rglob("*.json")} == stamps # found, not made again
 
 
 def test_another_dictionary_in_the_same_folder_is_judged_anew(saenb, first, sae):
     from saenb.evals.controls import as_logged
     from saenb.sae import load_sae
-    before = json.loads(saenb("eval", sae, "--out", first[0], "--json").stdout)["unlearning"]
+    before = json.loads(saenb("eval", sae, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
     other = as_logged(load_sae(sae).cfg)
     other.save(sae)
-    after = json.loads(saenb("eval", sae, "--out", first[0], "--json").stdout)["unlearning"]
+    after = json.loads(saenb("eval", sae, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
     assert before["eval_result_unstructured"]["alive"] > 0 == after["eval_result_unstructured"]["alive"]
 
 
@@ -209,7 +228,7 @@ def test_a_damaged_shard_is_found_in_training(saenb, one_sentence, first, beside
 
 def test_a_dictionary_of_another_width(saenb, one_sentence, first, tmp_path):
     from saenb.sae import SAE, SAEConfig
-    SAE(SAEConfig(d_in=64, d_sae=8, hook_layer=1)).save(tmp_path/"narrow")
+    SAE(SAEConfig(d_in=64, d_sae=8)).save(tmp_path/"narrow")
     one_sentence(saenb("eval", tmp_path/"narrow", "--out", first[0]), "width 64", "192 wide")
     assert not (tmp_path/"narrow"/"evals").exists()
 

@@ -51,7 +51,7 @@ def files(folder): return {p.relative_to(folder).as_posix(): (p.read_bytes(), p.
 
 def test_a_record_is_all_there(baseline, out):
     assert baseline.path == out/"tiny"/"orthogonality"/"run_0"/"seed_0"
-    assert set(files(baseline.path)) == {"config.json", "final_info.json", "train_log.jsonl", "timing.json", "notes.md", "evals/unlearning.json",
+    assert set(files(baseline.path)) == {"config.json", "final_info.json", "train_log.jsonl", "timing.json", "notes.md", "evals/unlearning.json", "evals/core.json",
                                          "sae/cfg.json", "sae/sae_weights.safetensors"}
     assert baseline.finished and (baseline.run, baseline.seed, baseline.variant) == ("orthogonality/0", 0, "")
     assert baseline.config["run"] == RUNS["orthogonality/0"].as_dict() and baseline.config["training"]["steps"] == STEPS
@@ -111,7 +111,7 @@ def test_an_unknown_run_or_preset_offers_the_nearest(made, out):
 def test_runs_of_one_recipe_share_a_dictionary(made, baseline):
     twin = made("positional/0")
     assert weights(twin) == weights(baseline)
-    for name in ("train_log.jsonl", "evals/unlearning.json", "timing.json"): assert (twin.path/name).read_bytes() == (baseline.path/name).read_bytes()
+    for name in ("train_log.jsonl", "evals/unlearning.json", "evals/core.json", "timing.json"): assert (twin.path/name).read_bytes() == (baseline.path/name).read_bytes()
     assert twin.info["run"] == "positional/0" and twin.info["eval_result_metrics"] == baseline.info["eval_result_metrics"]
     assert twin.sae.cfg.about["run"] == "orthogonality/0" # taken over, not trained again
     balanced = made("dual_objective/0")

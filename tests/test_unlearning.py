@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from saenb.core import SaenbError
 from saenb.evals.controls import as_logged, principal_components, random_features, supervised_ceiling, told_sides, untrained
-from saenb.evals.unlearning import (LEVELS, ORDERS, REFERENCE, Clamps, Exam, Grid, bootstrap_score, choose_features, clamp_value, evaluate, judge, letter_tokens,
+from saenb.evals.unlearning import (LEVELS, ORDERS, REFERENCE, Clamps, Exam, Grid, bootstrap, choose_features, clamp_value, evaluate, judge, letter_tokens,
                                     plain_answers, question_prompt, reference_rows, score_of, selectivity, settings_of, trade_off, usage)
 from saenb.sae import SAE, SAEConfig
 
@@ -159,9 +159,9 @@ def test_the_interval_holds_the_score(seed):
     forgets = np.arange(300) < 100
     right = np.ones((3, 300), bool)
     right[:, :100] = rng.random((3, 100)) < 0.4
-    low, high = bootstrap_score(right, forgets, 0.99)
+    low, high = bootstrap(right, forgets, [0.99])
     assert low <= 1 - right[:, :100].mean(1).min() + 1e-9 and high >= 1 - right[:, :100].mean(1).min() - 0.05 and high - low < 0.3
-    assert bootstrap_score(right[:0], forgets, 0.99) == (0.0, 0.0)
+    assert bootstrap(right[:0], forgets, [0.99]) == (0.0, 0.0)
 
 
 def test_a_dictionary_of_another_width(exam):

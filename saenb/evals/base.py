@@ -56,6 +56,7 @@ def corpus_rows(tokenizer, setup: CorpusSetup) -> dict[str, torch.Tensor]:
 # %% ../../nbs/10_evals.ipynb #fba4be40
 def encoded(sae: SAE, stream: torch.Tensor) -> torch.Tensor:
     "Activations of whole rows, position by position."
+    stream = stream.to(sae.device).float()
     return sae.encode(stream, torch.arange(stream.shape[1], device=stream.device).expand(stream.shape[:2]))
 
 class Readings:
@@ -79,7 +80,7 @@ class Readings:
         "Batches of (tokens, stream, which of them are text) of rows of tokens; padding is on the right."
         def read():
             for part in tokens.split(max(1, self.batch_tokens // tokens.shape[1])):
-                yield part, stream_at(self.model, part, self.layer), is_text(part, self.model.tokenizer)
+                yield part, stream_at(self.model, part.to(self.model.cfg.device), self.layer), is_text(part, self.model.tokenizer)
         name = ("rows", tuple(tokens.shape), fingerprint(tokens.flatten().tolist()))
         size = tokens.numel() * self.model.cfg.d_model * 4
         if name not in self._kept:

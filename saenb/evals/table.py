@@ -10,7 +10,7 @@ from importlib import import_module
 
 from ..core import pick
 
-# %% ../../nbs/09_eval_table.ipynb #8af97b02
+# %% ../../nbs/09_eval_table.ipynb #649e02a4
 EVALS = dict(
     unlearning="is the forbidden knowledge gone and the rest still there",
     sparse_probing="do a few features tell classes of texts apart",
@@ -21,4 +21,5 @@ EVALS = dict(
 
 def evaluation(name: str):
     "The module of an evaluation."
-    return import_module(f"saenb.evals.{pick(name, EVALS, 'evaluation')}")
+    pick(name, EVALS, "evaluation")
+    return import_module(f"saenb.evals.{name}")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'LETTERS', 'ORDERS', 'LEVELS', 'Grid', 'UnlearningSetup', 'question_prompt', 'letter_tokens', 'padded',
-           'only_above', 'tiny_is_zero', 'read_letters', 'Exam', 'Usage', 'usage', 'choose_features', 'clamped',
-           'plain_answers', 'Outcome', 'Clamps', 'trade_off', 'selectivity', 'bootstrap_score', 'settings_of',
-           'clamp_value', 'judge', 'score_of', 'evaluate', 'config_of']
+           'only_above', 'only_at', 'replaced', 'tiny_is_zero', 'read_letters', 'Exam', 'Usage', 'usage',
+           'choose_features', 'clamped', 'plain_answers', 'Outcome', 'Clamps', 'trade_off', 'selectivity',
+           'levels_from', 'bootstrap', 'settings_of', 'clamp_value', 'judge', 'score_of', 'evaluate', 'config_of',
+           'headline', 'table', 'plot']
 
 # %% ../../nbs/10_unlearning.ipynb #4130bec9
 import itertools
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from ..core import SaenbError, fingerprint, read_json, write_json
@@ -71,14 +73,33 @@ def padded(rows: list[torch.Tensor], value=0) -> torch.Tensor:
 @contextmanager
 def only_above(model, layer: int):
     "Let the blocks up to `layer` pass their input on untouched, so that a stored stream can enter above them at no cost."
-    lower = list(model.blocks[:layer + 1])
-    kept = [block.__dict__.get("forward") for block in lower]
-    for block in lower: block.__dict__["forward"] = lambda hidden_states, *args, **kwargs: hidden_states
+    with replaced({block: lambda hidden_states, *args, **kwargs: hidden_states for block in model.blocks[:layer + 1]}): yield
+
+@contextmanager
+def only_at(model, places: torch.Tensor):
+    "Let the last block do only what the stream at one place a row needs; what it leaves at other places means nothing."
+    def at_places(whole):
+        def forward(x, *args, **kwargs):
+            rows = torch.arange(len(x), device=x.device)
+            there = whole(x[rows, places].unsqueeze(1), *args, **kwargs)
+            out = there.new_zeros(*x.shape[:2], *there.shape[2:])
+            out[rows, places] = there.squeeze(1)
+            return out
+        return forward
+    last = model.blocks[-1] # what works on each token by itself: the MLP, and the attention's questions and answers
+    parts = [getattr(owner, name, None) for owner, name in ((last, "mlp"), (getattr(last, "attn", None), "q"), (getattr(last, "attn", None), "o"))]
+    with replaced({part: at_places(part.forward) for part in parts if part is not None}): yield
+
+@contextmanager
+def replaced(forwards: dict):
+    "Modules with other forward functions, for a while."
+    kept = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items(): module.__dict__["forward"] = forward
     try: yield
     finally:
-        for block, forward in zip(lower, kept):
-            if forward is None: del block.__dict__["forward"]
-            else: block.__dict__["forward"] = forward
+        for module, forward in kept.items():
+            if forward is None: del module.__dict__["forward"]
+            else: module.__dict__["forward"] = forward
 
 @contextmanager
 def tiny_is_zero():
@@ -168,8 +189,8 @@ class Exam:
 
     def answers(self, streams: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         "What the layers above answer to padded streams that enter at the dictionary's layer."
-        with only_above(self.model, self.layer):
-            return read_letters(self.model, streams, lengths, self.letters, start_at_layer=self.layer + 1)
+        with only_above(self.model, self.layer), only_at(self.model, lengths - 1):
+            return read_letters(self.model, streams, lengths, self.letters, start_at_layer=min(self.layer + 1, self.depth - 1))
 
     def corpus(self, side: str):
         "Batches of (stream, which tokens are text) of one corpus."
@@ -308,19 +329,23 @@ def trade_off(points: list[tuple[float, float]], level: float) -> float:
 
 def selectivity(points: list[tuple[float, float]], lowest: float = 0.90) -> float:
     "Mean share forgotten over retain levels from `lowest` to 1."
-    return float(np.mean([1 - min(1.0, trade_off(points, level)) for level in np.linspace(lowest, 1, 101)]))
+    return float(np.mean([1 - min(1.0, trade_off(points, level)) for level in levels_from(lowest)]))
+
+def levels_from(lowest: float) -> np.ndarray:
+    "The retain levels that selectivity is a mean over."
+    return np.linspace(lowest, 1, 101)
 
 # %% ../../nbs/10_unlearning.ipynb #e25e030d
-def bootstrap_score(right: np.ndarray, forgets: np.ndarray, floor: float, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    "A 95 % interval of the score from a [settings, questions] table of right answers."
+def bootstrap(right: np.ndarray, forgets: np.ndarray, levels, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    "A 95 % interval of the share forgotten, averaged over retain levels, from a [settings, questions] table of right answers."
     if not len(right): return 0.0, 0.0
     rng = np.random.default_rng(seed)
     def resampled(side):
         counts = rng.multinomial(side.sum(), np.full(side.sum(), 1 / side.sum()), size=draws)
         return right[:, side] @ counts.T / side.sum()
     forget, retain = resampled(forgets), resampled(~forgets)
-    scores = 1 - np.where(retain >= floor, forget, 1).min(0)
-    return tuple(float(q) for q in np.quantile(scores, (0.025, 0.975)))
+    lost = np.mean([1 - np.where(retain >= level - 1e-12, forget, 1).min(0) for level in levels], axis=0)
+    return tuple(float(q) for q in np.quantile(lost, (0.025, 0.975)))
 
 # %% ../../nbs/10_unlearning.ipynb #4902ec0b
 def settings_of(grid: Grid, use: Usage) -> list[dict]:
@@ -352,13 +377,15 @@ def judge(exam: Exam, sae, settings: list[dict], use: Usage) -> tuple[list[dict]
     return rows, clamps
 
 def score_of(rows: list[dict], exam: Exam, floor: float) -> dict:
-    "Score, interval and the setting that gave it."
+    "Score and selectivity with their intervals, and the setting that gave the score."
     usable = [r for r in rows if r["right"] is not None]
     table = torch.stack([r["right"] for r in usable]).numpy() if usable else np.zeros((0, len(exam.answer)), bool)
     unique = np.unique(table, axis=0)
     points = [(r["retain_share"], r["forget_share"]) for r in usable]
     best = min((r for r in usable if r["retain_share"] >= floor), key=lambda r: (r["forget_share"], -r["retain_share"]), default=None)
-    return dict(score=1 - trade_off(points, floor), interval=bootstrap_score(unique, exam.forgets.numpy(), floor), points=points, best=best)
+    forgets, levels = exam.forgets.numpy(), levels_from(exam.setup.lowest_retain)
+    return dict(score=1 - trade_off(points, floor), interval=bootstrap(unique, forgets, [floor]), selectivity=selectivity(points, exam.setup.lowest_retain),
+                selectivity_interval=bootstrap(unique, forgets, levels), best=best)
 
 def evaluate(
     model, # the model that answers
@@ -384,11 +411,11 @@ def evaluate(
     questions, above = len(exam.tokens), exam.depth - exam.layer - 1
     work = clamps.forwards * above + questions * exam.depth
     plain = len(settings) * questions * exam.depth
-    best = main["best"]
+    best, points = main["best"], [(r["retain_share"], r["forget_share"]) for r in by_grid["score"] if r["right"] is not None]
     ours = dict(
         score=main["score"], interval=main["interval"], reference_score=reference["score"], reference_interval=reference["interval"],
-        selectivity=selectivity(main["points"], setup.lowest_retain),
-        best_at={str(level): trade_off(main["points"], level) for level in LEVELS},
+        selectivity=main["selectivity"], selectivity_interval=main["selectivity_interval"],
+        best_at={str(level): trade_off(points, level) for level in LEVELS},
         known={k: len(v) for k, v in exam.known.items()},
         best=best and {k: v for k, v in best.items() if k != "right"} | dict(wrong=[
             f"{setup.questions[exam.subject[i]].subject}/{exam.number[i]}" for i in (~best["right"]).nonzero().squeeze(1).tolist()]),
@@ -403,3 +430,29 @@ def config_of(setup: UnlearningSetup) -> dict:
     return dict(random_seed=setup.random_seed, dataset_names=[q.subject for q in setup.questions], intervention_method="clamp_feature_activation",
                 retain_thresholds=list(setup.grid.thresholds), n_features_list=list(setup.grid.n_features), multipliers=list(setup.grid.multipliers),
                 dataset_size=setup.dataset_size, seq_len=setup.seq_len, n_batch_loss_added=50, target_metric="correct", save_metrics=True, llm_batch_size=0)
+
+# %% ../../nbs/10_unlearning.ipynb #85521425
+def headline(result: dict) -> dict[str, tuple[float, float, float]]:
+    "Score and selectivity with their intervals over questions."
+    ours = result["eval_result_unstructured"]
+    return {"score": (ours["score"], *ours["interval"]), "selectivity": (ours["selectivity"], *ours["selectivity_interval"])}
+
+def table(result: dict) -> list[dict]:
+    "What could be forgotten at each retain level, and what it took."
+    ours = result["eval_result_unstructured"]
+    rows = [dict(measure=name, value=value, low=low, high=high) for name, (value, low, high) in headline(result).items()]
+    rows.append(dict(measure="under the reference's settings", **dict(zip(("value", "low", "high"), (ours["reference_score"], *ours["reference_interval"])))))
+    return rows + [dict(measure=f"forgotten at {float(level):.1%} retained", value=1 - left) for level, left in ours["best_at"].items()]
+
+def plot(named: dict[str, dict]) -> Figure:
+    "The trade-off of several results."
+    fig = Figure(figsize=(5.2, 3.4), layout="constrained")
+    ax = fig.subplots()
+    for name, result in named.items():
+        best = result["eval_result_unstructured"]["best_at"]
+        levels = sorted(map(float, best))
+        ax.plot(levels, [1 - best[str(level)] for level in levels], "o-", ms=4, label=name)
+    ax.set(xlabel="share of retained questions that must stay right", ylabel="share of forget questions lost", ylim=(-0.02, 1.02))
+    ax.invert_xaxis()
+    ax.legend(fontsize=8)
+    return fig

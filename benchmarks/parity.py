@@ -1,0 +1,254 @@
+"""Is saenb's unlearning SAEBench's, question by question, and how much faster? And its sparse probing, accuracy by accuracy?
+
+    .venv/bin/python benchmarks/parity.py
+
+makes an environment with SAEBench in benchmarks/.reference (once), lets both sides judge the same dictionaries on the embedded world in
+turn, prints theirs beside ours, and writes what they agree on to tests/parity.json."""
+import argparse
+import copy
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from saenb.core import SaenbError, fingerprint, pick, write_text
+from saenb.evals import sparse_probing, unlearning
+from saenb.evals.base import Readings, as_text
+from saenb.evals.controls import untrained
+from saenb.evals.unlearning import REFERENCE, Exam, UnlearningSetup, judge, settings_of, usage
+from saenb.sae import SAE, SAEConfig
+from saenb.world import World
+
+HERE = Path(__file__).resolve().parent
+UNLEARNING = dict(dataset_size=1024, seq_len=128, random_seed=42)
+PROBING = dict(probe_train_set_size=400, probe_test_set_size=200, context_length=128, k_values=(1, 2, 5, 10, 20, 50), random_seed=42)
+
+
+def tokens(model) -> SAE:
+    "A dictionary that needs no training and is the same everywhere: one feature a token of the vocabulary, looking along its embedding."
+    embedding = model.original_model.get_input_embeddings().weight.detach().double()
+    sae = SAE(SAEConfig(d_in=embedding.shape[1], d_sae=len(embedding), hook_name="blocks.1.hook_resid_post", hook_layer=World.layer, model_name="embedded world"))
+    with torch.no_grad():
+        sae.W_dec.copy_(embedding / embedding.norm(dim=1, keepdim=True))
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.b_enc.fill_(-8.0) # few other tokens' streams reach this far along it
+    return sae.eval()
+
+
+def dictionaries() -> dict:
+    "What is compared; each is made when it is called."
+    from saenb.lab import run, tiny_sae, tiny_store, workspace
+    def sparse():
+        run("orthogonality/0", "tiny", 0, workspace(), change=dict(sparsity_penalty=0.16), progress=False)
+        return run("orthogonality/0", "tiny", 0, workspace(), change=dict(sparsity_penalty=0.16), progress=False).sae
+    return dict(tokens=lambda: tokens(World.default().model()), baseline=tiny_sae, sparse=sparse,
+                untrained=lambda: untrained(tiny_sae().cfg, tiny_store().rows(0, 2**15).x.float()))
+
+
+def unlearning_setup(world: World) -> UnlearningSetup:
+    "The reference's 16 settings, on rows of the tiny model's length."
+    return UnlearningSetup(questions=world.question_sources(), forget=world.text_sources("forget")[0], retain=world.text_sources("retain")[0],
+                           grid=REFERENCE, **UNLEARNING)
+
+
+def all_answers(exam: Exam, sae: SAE) -> list[dict]:
+    "Every setting's features and right answers, hopeless settings included."
+    exam = copy.copy(exam)
+    exam.setup = replace(exam.setup, lowest_retain=0.0)
+    use = usage(exam, sae)
+    return judge(exam, sae, settings_of(exam.setup.grid, use), use)[0]
+
+
+def packed(right) -> str:
+    "Right and wrong answers as hexadecimal digits."
+    bits = "".join("01"[int(r)] for r in right)
+    return f"{int(bits, 2):0{-(-len(bits) // 4)}x}"
+
+
+def environment(folder: Path) -> Path:
+    "The Python of an environment with SAEBench, made if it is not there."
+    python, ready = folder/"bin"/"python", folder/".ready"
+    if python.exists() and (ready.exists() or folder != HERE/".reference"): return python
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        raise SaenbError(f"SAEBench's packages install on Python 3.10 to 3.12 and this is {platform.python_version()}; make an environment with one of those "
+                         f"and `pip install -r {HERE/'requirements.txt'}`, and name its folder with --env.")
+    print(f"Making an environment with SAEBench in {folder}; this takes some minutes.", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    # torchvision comes along for nothing, and where torch is built for CPUs alone it does not match and cannot be imported
+    for step in ([sys.executable, "-m", "venv", folder], [*pip, "install", "-r", HERE/"requirements.txt"], [*pip, "uninstall", "-y", "torchvision"]):
+        done = subprocess.run(list(map(str, step)), capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise SaenbError(f"The environment with SAEBench cannot be made: `{' '.join(map(str, step[1:]))}` ended with '{last}'; mend that and try again, "
+                             "or name a ready one with --env.")
+    ready.touch()
+    return python
+
+
+class Theirs:
+    "SAEBench in an environment and a process of its own, asked one thing at a time."
+    def __init__(self, python: Path, work: Path, threads: int):
+        self.log = work/"log.txt"
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), HF_HOME=str(work/"hub"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore")
+        for name in ("PYTHONPATH", "PYTHONHOME"): env.pop(name, None)
+        self.process = subprocess.Popen([python, HERE/"reference.py"], cwd=work, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"))
+
+    def ask(self, do: str, **what) -> dict:
+        "One answer of reference.py."
+        try: print(json.dumps(dict(do=do, **what)), file=self.process.stdin, flush=True)
+        except BrokenPipeError: pass
+        answer = self.process.stdout.readline()
+        if answer: return json.loads(answer)
+        end = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-12:])
+        raise SaenbError(f"SAEBench stopped at {do!r}; the end of what it printed:\n{end}")
+
+    def __enter__(self): return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def say(text: str): print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def timed(make):
+    "What `make` gives, and the seconds it took."
+    began = time.perf_counter()
+    return make(), time.perf_counter() - began
+
+
+def compare_unlearning(theirs: Theirs, saes: dict, folders: dict, world: World, model) -> tuple[dict, list[dict], dict]:
+    "Both sides' scores, answers and times; the figures to keep, the table to print, and our results."
+    setup = unlearning_setup(world)
+    say("SAEBench finds the questions that the model knows")
+    known = theirs.ask("known", **UNLEARNING)
+    say("saenb finds them, and reads the corpora")
+    def prepare():
+        exam = Exam(model, setup, world.layer)
+        for side in ("forget", "retain"): list(exam.corpus(side))
+        return exam
+    exam, once = timed(prepare)
+    same_known = exam.known == known["known"]
+    rows = [{"unlearning": "(known questions)", "score theirs": None, "ours": None, "answers": 24 * sum(len(q.load()) for q in setup.questions), "equal": None,
+             "all equal": yes(same_known), "s theirs": known["seconds"], "s ours": once, "ratio": known["seconds"] / once, "with known": None}]
+    found, results = {}, {}
+    for name, sae in saes.items():
+        say(f"SAEBench judges {name}")
+        their = theirs.ask("unlearning", name=name, folder=str(folders[name]))
+        say(f"saenb judges {name}")
+        results[name], seconds = timed(lambda: unlearning.evaluate(model, sae, setup, exam))
+        score = results[name]["eval_result_unstructured"]["score"]
+        # theirs by the features that were clamped and to what; where two settings choose the same features SAEBench asks once
+        right = {(*row["features"], -row["multiplier"]): [bool(r) for q in setup.questions for r in row["right"][q.subject]] for row in their["settings"]}
+        ours, total, equal = all_answers(exam, sae), 0, 0
+        for row in ours:
+            there = right.get((*row["features"], -row["multiplier"]), [None] * len(exam.answer))
+            total += len(exam.answer)
+            equal += sum(a == b for a, b in zip(there, row["right"].tolist()))
+        agreed = same_known and score == their["score"] and equal == total
+        found[name] = dict(fingerprint=sae.fingerprint(), score=score, equal=agreed, seconds=dict(theirs=round(their["seconds"], 2), ours=round(seconds, 2)), settings=[
+            dict(retain_threshold=r["retain_threshold"], n_features=r["n_features"], multiplier=r["multiplier"],
+                 features=" ".join(map(str, r["features"])), right=packed(r["right"])) for r in ours])
+        rows.append({"unlearning": name, "score theirs": their["score"], "ours": score, "answers": total, "equal": equal, "all equal": yes(agreed), "s theirs": their["seconds"],
+                     "s ours": seconds, "ratio": their["seconds"] / seconds, "with known": (known["seconds"] + their["seconds"]) / (once + seconds)})
+        print(as_text(rows[-1:]), flush=True)
+    return dict(setup=UNLEARNING, known={s: " ".join(map(str, k)) for s, k in exam.known.items()}, equal_known=same_known,
+                seconds_known=dict(theirs=round(known["seconds"], 2), ours=round(once, 2)), dictionaries=found), rows, results
+
+
+def compare_probing(theirs: Theirs, saes: dict, folders: dict, world: World, model) -> tuple[dict, list[dict], dict]:
+    "The same for sparse probing, one data set after the other."
+    readings, found, rows, results = Readings(model, world.layer), {}, [], {}
+    for name, sae in saes.items():
+        found[name] = dict(fingerprint=sae.fingerprint(), accuracies={})
+        count = equal = columns = same_columns = their_seconds = seconds = 0
+        apart = 0.0
+        for dataset in sparse_probing.SETS:
+            say(f"SAEBench, then saenb, probes {name} on {dataset}")
+            their = theirs.ask("sparse_probing", name=name, folder=str(folders[name]), dataset=dataset, **PROBING)
+            setup = probing_setup(world, dataset)
+            results[name], took = timed(lambda: sparse_probing.evaluate(model, sae, setup, readings))
+            ours = results[name]["eval_result_unstructured"]
+            seconds, their_seconds = seconds + took, their_seconds + their["seconds"]
+            for metric, classes in their["accuracies"].items():
+                for c, accuracy in classes.items():
+                    count, equal = count + 1, equal + (accuracy == ours[f"{dataset}_results"][metric][c])
+                    apart = max(apart, abs(accuracy - ours[f"{dataset}_results"][metric][c]))
+            for k, classes in their["features"].items():
+                for c, features in classes.items():
+                    columns, same_columns = columns + 1, same_columns + (features == sorted(ours["ours"]["features"][dataset][k][c]))
+            found[name]["accuracies"][dataset] = {m: " ".join(map(str, f.values())) for m, f in ours[f"{dataset}_results"].items()}
+        found[name] |= dict(compared=count, equal=equal, largest_difference=apart, features_compared=columns, features_equal=same_columns,
+                            seconds=dict(theirs=round(their_seconds, 2), ours=round(seconds, 2)))
+        rows.append({"sparse probing": name, "accuracies": count, "equal": equal, "largest difference": apart, "choices of features": columns, "equal choices": same_columns,
+                     "s theirs": their_seconds, "s ours": seconds, "ratio": their_seconds / seconds})
+        print(as_text(rows[-1:]), flush=True)
+    return dict(setup=PROBING, dictionaries=found), rows, results
+
+
+def probing_setup(world: World, *datasets: str) -> sparse_probing.SparseProbingSetup:
+    "What both sides ask of these data sets."
+    return sparse_probing.SparseProbingSetup(root=str(world.path/"probing"), dataset_names=datasets, **PROBING)
+
+
+def other_results(saes: dict) -> dict:
+    "Results of the evaluations that are only checked for their shape."
+    from saenb.lab import evaluations
+    return {}
+
+
+def yes(value: bool) -> str: return "yes" if value else "NO"
+
+
+def main(args) -> bool:
+    torch.set_num_threads(args.threads)
+    world, made = World.default(), dictionaries()
+    chosen = {name: pick(name, made, "dictionary to compare") for name in args.dictionaries.split(",")}
+    comparisons = {name: pick(name, dict(unlearning=compare_unlearning, sparse_probing=compare_probing), "comparison") for name in args.evals.split(",")}
+    python = environment(Path(args.env).absolute())
+    say(f"Making {', '.join(chosen)}")
+    saes, model = {name: make() for name, make in chosen.items()}, world.model()
+    with tempfile.TemporaryDirectory() as work, Theirs(python, Path(work), args.threads) as theirs:
+        folders = {name: sae.save(Path(work)/"dictionaries"/name) for name, sae in saes.items()}
+        say("SAEBench makes the same model")
+        versions = theirs.ask("prepare", model=str(world.path/"model"), world=str(world.path), threads=args.threads)
+        kept, tables, shapes = {}, [], []
+        for evaluation, compare in comparisons.items():
+            kept[evaluation], rows, results = compare(theirs, saes, folders, world, model)
+            tables.append(rows)
+            verdict = [theirs.ask("validate", result=json.loads(json.dumps(result))) for result in results.values()]
+            shapes.append({"result files": evaluation, "given": len(verdict), "SAEBench takes": sum(v["accepted"] for v in verdict),
+                           "else": "; ".join(sorted({v["why"] for v in verdict if v["why"]}))[:300]})
+    print()
+    for rows in (*tables, shapes): print(as_text(rows), end="\n\n")
+    ours = {p: importlib.metadata.version(p) for p in ("saenb", "transformer-lens", "transformers", "datasets", "torch", "numpy", "scikit-learn")}
+    kept = dict(command="python benchmarks/parity.py", versions=dict(theirs=versions, ours=ours), python=platform.python_version(), threads=args.threads,
+                world=fingerprint(world.about["files"]), **kept, taken_by_saebench={s["result files"]: s["given"] == s["SAEBench takes"] for s in shapes})
+    if args.out:
+        write_text(args.out, json.dumps(kept, indent=1) + "\n")
+        print(f"What both sides agree on is in {args.out}.")
+    answers = all(d["equal"] for d in kept.get("unlearning", {}).get("dictionaries", {}).values())
+    print("Every answer of every setting is the same on both sides." if answers else "There are differences in the answers; the table shows where.")
+    return answers
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Compare saenb with SAEBench on the embedded world.")
+    parser.add_argument("--env", default=HERE/".reference", help="folder of an environment with SAEBench; made if it is not there")
+    parser.add_argument("--dictionaries", default="tokens,untrained,baseline,sparse", help="which dictionaries to compare, by comma")
+    parser.add_argument("--evals", default="unlearning,sparse_probing", help="which evaluations to compare, by comma")
+    parser.add_argument("--threads", type=int, default=1, help="threads that each side computes with")
+    parser.add_argument("--out", default=HERE.parent/"tests"/"parity.json", help="where the agreed figures go; empty for nowhere")
+    try: sys.exit(not main(parser.parse_args()))
+    except SaenbError as e: sys.exit(f"parity: {e}")

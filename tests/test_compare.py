@@ -1,0 +1,71 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from saenb.compare import as_table, compare, records_under, write_comparison
+from saenb.core import SaenbError, write_json
+
+SCORES = {"orthogonality/0": [0.10, 0.20, 0.12], "orthogonality/1": [0.31, 0.38, 0.35], "orthogonality/2": [0.05, 0.30, 0.11]}
+
+
+def record(root, run, seed, score, variant="", seconds=0.02):
+    """A finished record with nothing in it but numbers."""
+    experiment, number = run.split("/")
+    folder = root/experiment/f"run_{number}{'@' * bool(variant)}{variant}"/f"seed_{seed}"
+    write_json(folder/"config.json", dict(run=dict(id=run, title=f"Run {number}"), preset="made", seed=seed, variant=variant))
+    write_json(folder/"final_info.json", dict(seconds_a_step=seconds * (1 + seed)))
+    write_json(folder/"evals"/"unlearning.json", dict(eval_result_unstructured=dict(
+        score=score, interval=[score / 2, score * 2], selectivity=score / 2, selectivity_interval=[0, score])))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    for run, scores in SCORES.items():
+        for seed, score in enumerate(scores): record(tmp_path, run, seed, score, seconds=0.04 if run.endswith("1") else 0.02)
+    return tmp_path
+
+
+def test_differences_are_paired_over_seeds(root):
+    rows = {(r["run"], r["measure"]): r for r in compare(records_under([root]))}
+    for run in ("orthogonality/1", "orthogonality/2"):
+        row, against = rows[run, "score"], ttest_rel(SCORES[run], SCORES["orthogonality/0"]).confidence_interval(0.95)
+        np.testing.assert_allclose([row["difference"], row["difference_low"], row["difference_high"]],
+                                   [np.mean(np.subtract(SCORES[run], SCORES["orthogonality/0"])), against.low, against.high])
+    assert rows["orthogonality/1", "score"]["differs"] is True and rows["orthogonality/2", "score"]["differs"] is False
+    assert rows["orthogonality/0", "score"]["difference"] is None
+    assert rows["orthogonality/1", "step seconds"]["difference"] == pytest.approx(2) and rows["orthogonality/2", "step seconds"]["difference"] == pytest.approx(1)
+
+
+def test_one_seed_claims_nothing(tmp_path):
+    record(tmp_path, "orthogonality/0", 0, 0.1)
+    record(tmp_path, "orthogonality/1", 0, 0.9)
+    row = next(r for r in compare(records_under([tmp_path])) if r["run"] == "orthogonality/1" and r["measure"] == "score")
+    assert row["difference"] == pytest.approx(0.8) and row["difference_low"] is None and row["differs"] is None
+
+
+def test_variants_are_compared_with_the_plain_baseline(root):
+    for seed in range(3): record(root, "orthogonality/0", seed, 0.5, "lr=0.001")
+    row = next(r for r in compare(records_under([root])) if r["variant"] and r["measure"] == "score")
+    assert row["difference"] == pytest.approx(0.5 - np.mean(SCORES["orthogonality/0"])) and row["seeds"] == 3
+
+
+def test_text_csv_and_picture(root, tmp_path):
+    rows = compare(records_under([root/"orthogonality"/"run_1", root/"orthogonality"/"run_2", root/"orthogonality"/"run_2"]))
+    text, table, picture = write_comparison(rows, tmp_path/"out")
+    assert text.read_text() == as_table(rows) + "\n" and "orthogonality/1" in text.read_text() and "differs" in text.read_text()
+    read = list(csv.DictReader(table.open()))
+    assert len(read) == len(rows) == 6 and float(read[0]["value"]) == pytest.approx(rows[0]["value"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_compared(root, tmp_path, saenb, one_sentence):
+    with pytest.raises(SaenbError, match="no finished record in .*nowhere"): records_under([tmp_path/"nowhere"])
+    lonely = record(tmp_path/"other", "positional/3", 1, 0.4)
+    with pytest.raises(SaenbError, match="saenb run positional/0 --preset made --seed 1"): compare(records_under([lonely]))
+    one_sentence(saenb("compare", lonely), "no baseline", "saenb run positional/0")
+    done = saenb("compare", root/"orthogonality", "--to", tmp_path/"there", "--json")
+    assert done.returncode == 0 and len(json.loads(done.stdout)) == 9 and (tmp_path/"there"/"compare.csv").exists()
