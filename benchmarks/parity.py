@@ -20,11 +20,13 @@ from pathlib import Path
 
 import torch
 
+from saenb import lab
 from saenb.core import SaenbError, fingerprint, pick, write_text
 from saenb.evals import sparse_probing, unlearning
 from saenb.evals.base import Readings, as_text
 from saenb.evals.controls import untrained
 from saenb.evals.unlearning import REFERENCE, Exam, UnlearningSetup, judge, settings_of, usage
+from saenb.presets import preset
 from saenb.sae import SAE, SAEConfig
 from saenb.world import World
 
@@ -36,7 +38,7 @@ PROBING = dict(probe_train_set_size=400, probe_test_set_size=200, context_length
 def tokens(model) -> SAE:
     "A dictionary that needs no training and is the same everywhere: one feature a token of the vocabulary, looking along its embedding."
     embedding = model.original_model.get_input_embeddings().weight.detach().double()
-    sae = SAE(SAEConfig(d_in=embedding.shape[1], d_sae=len(embedding), hook_name="blocks.1.hook_resid_post", hook_layer=World.layer, model_name="embedded world"))
+    sae = SAE(SAEConfig(d_in=embedding.shape[1], d_sae=len(embedding), hook_name=f"blocks.{World.layer}.hook_resid_post", hook_layer=World.layer, model_name="embedded world"))
     with torch.no_grad():
         sae.W_dec.copy_(embedding / embedding.norm(dim=1, keepdim=True))
         sae.W_enc.copy_(sae.W_dec.T)
@@ -46,12 +48,9 @@ def tokens(model) -> SAE:
 
 def dictionaries() -> dict:
     "What is compared; each is made when it is called."
-    from saenb.lab import run, tiny_sae, tiny_store, workspace
-    def sparse():
-        run("orthogonality/0", "tiny", 0, workspace(), change=dict(sparsity_penalty=0.16), progress=False)
-        return run("orthogonality/0", "tiny", 0, workspace(), change=dict(sparsity_penalty=0.16), progress=False).sae
-    return dict(tokens=lambda: tokens(World.default().model()), baseline=tiny_sae, sparse=sparse,
-                untrained=lambda: untrained(tiny_sae().cfg, tiny_store().rows(0, 2**15).x.float()))
+    sparse = lambda: lab.run("orthogonality/0", "tiny", 0, lab.workspace(), change=dict(sparsity_penalty=0.16)).sae
+    return dict(tokens=lambda: tokens(World.default().model()), baseline=lab.tiny_sae, sparse=sparse,
+                untrained=lambda: untrained(lab.tiny_sae().cfg, lab.tiny_store().rows(0, 2**15).x.float()))
 
 
 def unlearning_setup(world: World) -> UnlearningSetup:
@@ -76,8 +75,9 @@ def packed(right) -> str:
 
 def environment(folder: Path) -> Path:
     "The Python of an environment with SAEBench, made if it is not there."
-    python, ready = folder/"bin"/"python", folder/".ready"
-    if python.exists() and (ready.exists() or folder != HERE/".reference"): return python
+    python, ready, own = folder/"bin"/"python", folder/".ready", folder == HERE/".reference"
+    if ready.exists() or (python.exists() and not own): return python
+    if folder.exists() and not own: raise SaenbError(f"{folder} is there and is no environment (it has no bin/python); name another folder with --env.")
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         raise SaenbError(f"SAEBench's packages install on Python 3.10 to 3.12 and this is {platform.python_version()}; make an environment with one of those "
                          f"and `pip install -r {HERE/'requirements.txt'}`, and name its folder with --env.")
@@ -123,9 +123,20 @@ def say(text: str): print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def timed(make):
-    "What `make` gives, and the seconds it took."
-    began = time.perf_counter()
-    return make(), time.perf_counter() - began
+    "What `make` gives, and the seconds it took, on the wall and of the processor."
+    wall, cpu = time.perf_counter(), time.process_time()
+    made = make()
+    return made, dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
+
+
+def spent(theirs: dict, ours: dict) -> dict:
+    "The times of both sides, for the file."
+    return {f"{side} {clock}": round(seconds[clock], 2) for side, seconds in (("theirs", theirs), ("ours", ours)) for clock in ("wall", "cpu")}
+
+
+def ratio(theirs: list[dict], ours: list[dict], clock: str = "wall") -> float:
+    "How many times as long SAEBench takes."
+    return sum(t[clock] for t in theirs) / sum(o[clock] for o in ours)
 
 
 def compare_unlearning(theirs: Theirs, saes: dict, folders: dict, world: World, model) -> tuple[dict, list[dict], dict]:
@@ -140,14 +151,14 @@ def compare_unlearning(theirs: Theirs, saes: dict, folders: dict, world: World, 
         return exam
     exam, once = timed(prepare)
     same_known = exam.known == known["known"]
-    rows = [{"unlearning": "(known questions)", "score theirs": None, "ours": None, "answers": 24 * sum(len(q.load()) for q in setup.questions), "equal": None,
-             "all equal": yes(same_known), "s theirs": known["seconds"], "s ours": once, "ratio": known["seconds"] / once, "with known": None}]
+    rows = [{"unlearning": "once a model: which questions are known", "theirs": None, "ours": None, "answers": None, "equal answers": None, "equal": yes(same_known),
+             "seconds theirs": known["wall"], "seconds ours": once["wall"], "ratio": ratio([known], [once]), "of processor time": ratio([known], [once], "cpu"), "with the first row": None}]
     found, results = {}, {}
     for name, sae in saes.items():
         say(f"SAEBench judges {name}")
         their = theirs.ask("unlearning", name=name, folder=str(folders[name]))
         say(f"saenb judges {name}")
-        results[name], seconds = timed(lambda: unlearning.evaluate(model, sae, setup, exam))
+        results[name], took = timed(lambda: unlearning.evaluate(model, sae, setup, exam))
         score = results[name]["eval_result_unstructured"]["score"]
         # theirs by the features that were clamped and to what; where two settings choose the same features SAEBench asks once
         right = {(*row["features"], -row["multiplier"]): [bool(r) for q in setup.questions for r in row["right"][q.subject]] for row in their["settings"]}
@@ -157,14 +168,15 @@ def compare_unlearning(theirs: Theirs, saes: dict, folders: dict, world: World, 
             total += len(exam.answer)
             equal += sum(a == b for a, b in zip(there, row["right"].tolist()))
         agreed = same_known and score == their["score"] and equal == total
-        found[name] = dict(fingerprint=sae.fingerprint(), score=score, equal=agreed, seconds=dict(theirs=round(their["seconds"], 2), ours=round(seconds, 2)), settings=[
+        found[name] = dict(fingerprint=sae.fingerprint(), score=score, equal=agreed, seconds=spent(their, took), settings=[
             dict(retain_threshold=r["retain_threshold"], n_features=r["n_features"], multiplier=r["multiplier"],
                  features=" ".join(map(str, r["features"])), right=packed(r["right"])) for r in ours])
-        rows.append({"unlearning": name, "score theirs": their["score"], "ours": score, "answers": total, "equal": equal, "all equal": yes(agreed), "s theirs": their["seconds"],
-                     "s ours": seconds, "ratio": their["seconds"] / seconds, "with known": (known["seconds"] + their["seconds"]) / (once + seconds)})
+        rows.append({"unlearning": name, "theirs": their["score"], "ours": score, "answers": total, "equal answers": equal, "equal": yes(agreed),
+                     "seconds theirs": their["wall"], "seconds ours": took["wall"], "ratio": ratio([their], [took]), "of processor time": ratio([their], [took], "cpu"),
+                     "with the first row": ratio([known, their], [once, took])})
         print(as_text(rows[-1:]), flush=True)
     return dict(setup=UNLEARNING, known={s: " ".join(map(str, k)) for s, k in exam.known.items()}, equal_known=same_known,
-                seconds_known=dict(theirs=round(known["seconds"], 2), ours=round(once, 2)), dictionaries=found), rows, results
+                seconds_known=spent(known, once), dictionaries=found), rows, results
 
 
 def compare_probing(theirs: Theirs, saes: dict, folders: dict, world: World, model) -> tuple[dict, list[dict], dict]:
@@ -172,15 +184,15 @@ def compare_probing(theirs: Theirs, saes: dict, folders: dict, world: World, mod
     readings, found, rows, results = Readings(model, world.layer), {}, [], {}
     for name, sae in saes.items():
         found[name] = dict(fingerprint=sae.fingerprint(), accuracies={})
-        count = equal = columns = same_columns = their_seconds = seconds = 0
-        apart = 0.0
+        count = equal = columns = same_columns = apart = 0
+        their_times, our_times = [], []
         for dataset in sparse_probing.SETS:
             say(f"SAEBench, then saenb, probes {name} on {dataset}")
             their = theirs.ask("sparse_probing", name=name, folder=str(folders[name]), dataset=dataset, **PROBING)
             setup = probing_setup(world, dataset)
             results[name], took = timed(lambda: sparse_probing.evaluate(model, sae, setup, readings))
             ours = results[name]["eval_result_unstructured"]
-            seconds, their_seconds = seconds + took, their_seconds + their["seconds"]
+            their_times.append(their); our_times.append(took)
             for metric, classes in their["accuracies"].items():
                 for c, accuracy in classes.items():
                     count, equal = count + 1, equal + (accuracy == ours[f"{dataset}_results"][metric][c])
@@ -189,10 +201,11 @@ def compare_probing(theirs: Theirs, saes: dict, folders: dict, world: World, mod
                 for c, features in classes.items():
                     columns, same_columns = columns + 1, same_columns + (features == sorted(ours["ours"]["features"][dataset][k][c]))
             found[name]["accuracies"][dataset] = {m: " ".join(map(str, f.values())) for m, f in ours[f"{dataset}_results"].items()}
-        found[name] |= dict(compared=count, equal=equal, largest_difference=apart, features_compared=columns, features_equal=same_columns,
-                            seconds=dict(theirs=round(their_seconds, 2), ours=round(seconds, 2)))
-        rows.append({"sparse probing": name, "accuracies": count, "equal": equal, "largest difference": apart, "choices of features": columns, "equal choices": same_columns,
-                     "s theirs": their_seconds, "s ours": seconds, "ratio": their_seconds / seconds})
+        their_time, our_time = ({clock: sum(t[clock] for t in times) for clock in ("wall", "cpu")} for times in (their_times, our_times))
+        found[name] |= dict(compared=count, equal=equal, largest_difference=round(apart, 6), choices_compared=columns, choices_equal=same_columns, seconds=spent(their_time, our_time))
+        rows.append({"sparse probing": name, "accuracies": count, "equal accuracies": equal, "largest difference": apart, "choices of features": columns,
+                     "equal choices": same_columns, "seconds theirs": their_time["wall"], "seconds ours": our_time["wall"], "ratio": ratio([their_time], [our_time]),
+                     "of processor time": ratio([their_time], [our_time], "cpu")})
         print(as_text(rows[-1:]), flush=True)
     return dict(setup=PROBING, dictionaries=found), rows, results
 
@@ -202,10 +215,15 @@ def probing_setup(world: World, *datasets: str) -> sparse_probing.SparseProbingS
     return sparse_probing.SparseProbingSetup(root=str(world.path/"probing"), dataset_names=datasets, **PROBING)
 
 
-def other_results(saes: dict) -> dict:
-    "Results of the evaluations that are only checked for their shape."
-    from saenb.lab import evaluations
-    return {}
+def other_results(sae: SAE) -> dict:
+    "Results of the evaluations whose shape alone is compared."
+    setting = preset("tiny")
+    return lab.judge(sae, setting, names=[name for name in ("core", "absorption") if name in setting.evals], out=lab.workspace())
+
+
+def about(world: World) -> str:
+    "A mark of everything in the world that the figures depend on."
+    return fingerprint({name: digest for name, digest in world.about["files"].items() if name.split("/")[0] in ("model", "mmlu", "wmdp", "texts", "probing")})
 
 
 def yes(value: bool) -> str: return "yes" if value else "NO"
@@ -223,18 +241,20 @@ def main(args) -> bool:
         folders = {name: sae.save(Path(work)/"dictionaries"/name) for name, sae in saes.items()}
         say("SAEBench makes the same model")
         versions = theirs.ask("prepare", model=str(world.path/"model"), world=str(world.path), threads=args.threads)
-        kept, tables, shapes = {}, [], []
+        kept, tables, files = {}, [], {}
         for evaluation, compare in comparisons.items():
-            kept[evaluation], rows, results = compare(theirs, saes, folders, world, model)
+            kept[evaluation], rows, files[evaluation] = compare(theirs, saes, folders, world, model)
             tables.append(rows)
-            verdict = [theirs.ask("validate", result=json.loads(json.dumps(result))) for result in results.values()]
-            shapes.append({"result files": evaluation, "given": len(verdict), "SAEBench takes": sum(v["accepted"] for v in verdict),
-                           "else": "; ".join(sorted({v["why"] for v in verdict if v["why"]}))[:300]})
+        say("SAEBench reads saenb's result files")
+        files |= {evaluation: dict(first=result) for evaluation, result in other_results(next(iter(saes.values()))).items()}
+        verdicts = {evaluation: [theirs.ask("validate", result=result) for result in results.values()] for evaluation, results in files.items()}
+    shapes = [{"result files": evaluation, "given": len(found), "taken by SAEBench": sum(v["accepted"] for v in found),
+               "what it does not take": "; ".join(sorted({v["why"] for v in found if v["why"]}))} for evaluation, found in verdicts.items()]
     print()
     for rows in (*tables, shapes): print(as_text(rows), end="\n\n")
     ours = {p: importlib.metadata.version(p) for p in ("saenb", "transformer-lens", "transformers", "datasets", "torch", "numpy", "scikit-learn")}
     kept = dict(command="python benchmarks/parity.py", versions=dict(theirs=versions, ours=ours), python=platform.python_version(), threads=args.threads,
-                world=fingerprint(world.about["files"]), **kept, taken_by_saebench={s["result files"]: s["given"] == s["SAEBench takes"] for s in shapes})
+                world=about(world), **kept, taken_by_saebench={s["result files"]: s["given"] == s["taken by SAEBench"] for s in shapes})
     if args.out:
         write_text(args.out, json.dumps(kept, indent=1) + "\n")
         print(f"What both sides agree on is in {args.out}.")

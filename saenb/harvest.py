@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .core import SaenbError, file_digest, fingerprint, need_room, read_json, write_json, write_tensors
+from .core import SaenbError, file_digest, need_room, read_json, write_json, write_tensors
 from .sources import sided_texts
 
 # %% ../nbs/01_harvest.ipynb #249eed66

@@ -9,12 +9,9 @@ __all__ = ['model_of', 'store_of', 'readings_of', 'exam_of', 'judge', 'run', 'co
 # %% ../nbs/21_lab.ipynb #fd60e9e9
 import json
 import shutil
-import time
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-
-import torch
 
 from .core import SaenbError, fingerprint, need_room, pick, read_json, write_json, write_text
 from .evals.autopsy import autopsy
@@ -26,7 +23,6 @@ from .harvest import Store, harvest
 from .plots import draw_figures
 from .presets import Preset, preset as find_preset
 from .records import Record, find_records
-from .runs.base import Run
 from .runs.table import RUNS, find_run
 from .sae import CONFIG, WEIGHTS, SAE, SAEConfig, make_mechanism
 from .sources import boot

@@ -8,7 +8,6 @@ __all__ = ['score_bars', 'control_bars', 'unlearning_scores', 'trade_off_curves'
 # %% ../nbs/20_plots.ipynb #77a3d815
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 

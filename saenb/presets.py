@@ -15,7 +15,7 @@ from .evals.absorption import AbsorptionSetup
 from .evals.core import CoreSetup
 from .evals.positional import PositionalSetup, SentenceOrder, order_files
 from .evals.separation import SeparationSetup
-from .evals.sparse_probing import SparseProbingSetup
+from .evals.sparse_probing import SETS, SparseProbingSetup
 from .evals.table import EVALS
 from .evals.unlearning import Grid, UnlearningSetup
 from .sources import QuestionSource, TextSource
@@ -70,7 +70,7 @@ def tiny_full(folder: str | None = None) -> Preset:
     "The same at the length the reports are made of."
     quick = tiny(folder)
     return replace(quick, name=f"{quick.name}-full", training=TrainConfig(steps=3000), recorded=tuple(EVALS), seeds=3,
-                   sweep=(dict(steps=300), dict(lr=1e-3), dict(sparsity_penalty=0.16), dict(d_sae=1536)))
+                   sweep=(dict(steps=300), dict(lr=1e-3), dict(sparsity_penalty=0.16), dict(d_sae=384)))
 
 # %% ../nbs/20_presets.ipynb #b8e74913
 def gemma() -> Preset:
@@ -85,7 +85,7 @@ def gemma() -> Preset:
                TextSource("monology/pile-uncopyrighted", side="neither", min_chars=50)),
         d_sae=2304, training=TrainConfig(tokens=50_000_000), seeds=3, harvest_tokens=50_000_000, store_dtype="bfloat16",
         model_dtype="bfloat16", evals=dict(
-            unlearning=UnlearningSetup(questions=questions, **corpora), sparse_probing=SparseProbingSetup(), core=CoreSetup(**corpora), absorption=AbsorptionSetup(),
+            unlearning=UnlearningSetup(questions=questions, **corpora), sparse_probing=SparseProbingSetup(dataset_names=tuple(n for n, s in SETS.items() if not s.scripted)), core=CoreSetup(**corpora), absorption=AbsorptionSetup(),
             positional=PositionalSetup(order=(SentenceOrder("sentences", retain),), **corpora), separation=SeparationSetup(**corpora)))
 
 PRESETS = {"tiny": tiny, "tiny-full": tiny_full, "gemma-2-2b": gemma}

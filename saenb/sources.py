@@ -23,7 +23,7 @@ def open_dataset(
     name: str | None = None, # the configuration, as in `load_dataset`
     split: str = "train", # the split
 ):
-    "A stream over a data set's rows; gated, missing or unreachable data is told in one sentence."
+    "A data set's rows, one by one; gated, missing, unreachable or broken data is told in one sentence."
     import datasets
     from huggingface_hub.errors import GatedRepoError
     where = f"{path} ({name}, {split})" if name else f"{path} ({split})"
@@ -31,8 +31,8 @@ def open_dataset(
         if Path(path).is_file():
             suffix = [s for s in Path(path).suffixes if s != ".gz"][-1:] or [""]
             reader = pick(suffix[0], FILE_READERS, "file type for texts")
-            return datasets.load_dataset(reader, data_files={split: str(path)}, split=split, streaming=True)
-        return datasets.load_dataset(str(path), name, split=split, streaming=True)
+            yield from datasets.load_dataset(reader, data_files={split: str(path)}, split=split, streaming=True)
+        else: yield from datasets.load_dataset(str(path), name, split=split, streaming=True)
     except SaenbError: raise
     except GatedRepoError:
         raise SaenbError(gated(path, "data set")) from None

@@ -10,7 +10,7 @@ __all__ = ['LOGS_WIDTH', 'LOG', 'CHECKPOINT', 'TrainConfig', 'Mechanism', 'Step'
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch

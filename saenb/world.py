@@ -329,7 +329,7 @@ MUON_RATE = 0.015
 # %% ../nbs/00_world.ipynb #d54c04dd
 class World:
     "Facts, texts, questions and a model that knows them, in one folder."
-    layer = 1 # the layer that dictionaries explain
+    layer = 0 # the layer that dictionaries explain: words are gathered there, and nothing is recalled yet
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -423,7 +423,7 @@ def save_model(folder: Path, model, tokenizer):
 
 def known_share(folder: Path) -> float:
     "The share of a world's questions that its saved model answers right under all 24 orders."
-    from saenb.evals.unlearning import LETTERS, Exam, UnlearningSetup
+    from saenb.evals.unlearning import Exam, UnlearningSetup
     world = object.__new__(World)
     world.path = folder
     sources = world.question_sources()

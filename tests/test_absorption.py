@@ -16,23 +16,16 @@ from saenb.evals.absorption import (AbsorptionSetup, Features, Probes, Words, ab
 from saenb.evals.base import Readings, as_text
 from saenb.evals.controls import as_logged, untrained
 from saenb.sae import SAE, SAEConfig
-from saenb.tasks import stated
+from saenb.tasks import class_words
 from saenb.train import TrainConfig, Trainer
-from saenb.world import SUBJECTS, Writer, write_rows
+from saenb.world import Writer, write_rows
 
 
 @pytest.fixture(scope="module")
 def setup(world, tmp_path_factory):
     """Names and values of every subject, at the end of statements that do not tell the subject."""
-    writer, path, homes = Writer(world.facts, "absorption test"), tmp_path_factory.mktemp("words")/"words.jsonl.gz", {}
-    for f in world.facts: homes.setdefault(f.name, set()).add(f.subject)
-    kinds = {f.value: f"value in {SUBJECTS[f.subject]}" for f in world.facts}
-    kinds |= {name: f"name in {SUBJECTS[min(subjects)]}" for name, subjects in homes.items() if len(subjects) == 1}
-
-    def text(word):
-        others = [f for f in world.facts if word not in (f.name, f.value)]
-        return f"{stated(writer.draw, others, 2)} {'As for' if word in homes else 'We know'} {word}"
-    write_rows(path, (dict(text=text(word), word=word, label=label) for word, label in kinds.items() for _ in range(3)))
+    path = tmp_path_factory.mktemp("words")/"words.jsonl.gz"
+    write_rows(path, class_words(Writer(world.facts, "absorption test"), 3))
     return AbsorptionSetup(words=str(path), train_share=0.6, min_feats_for_eval=5, probe_num_epochs=100, k_sparse_probe_batch_size=32)
 
 

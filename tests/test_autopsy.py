@@ -1,11 +1,9 @@
 from dataclasses import replace
 
-import pytest
 import torch
 
 from saenb.evals.autopsy import autopsy, weights_finding
 from saenb.evals.controls import as_logged, principal_components, untrained
-from saenb.evals.unlearning import Grid
 from saenb.sae import SAE
 
 

@@ -113,7 +113,7 @@ def test_bad_stores_say_what_is_wrong(world, model, store, tmp_path):
     with pytest.raises(SaenbError, match="from another store"): Store.open(copy.path).rows()
     shard.unlink()
     with pytest.raises(SaenbError, match=f"{shard.name} is missing"): Store.open(copy.path).rows()
-    with pytest.raises(SaenbError, match="another layer"): harvest(model, [], 0, tmp_path/"copy")
+    with pytest.raises(SaenbError, match="another layer"): harvest(model, [], world.layer + 1, tmp_path/"copy")
     with pytest.raises(SaenbError, match="layers 0 to 3"): harvest(model, [], 9, tmp_path/"nine")
     with pytest.raises(SaenbError, match="do not fill one row"): harvest(model, ["The host of x"], 1, tmp_path/"short")
     with pytest.raises(SaenbError, match="one batch needs"): next(store.batches(10**8))
@@ -122,7 +122,6 @@ def test_bad_stores_say_what_is_wrong(world, model, store, tmp_path):
 
 
 def test_a_stream_that_is_not_finite_names_the_row(world, model, tmp_path):
-    weight = model.original_model.model.layers[0].mlp.down_proj.weight if hasattr(model.original_model.model.layers[0], "mlp") else None
     hook = lambda stream, hook: torch.full_like(stream, float("nan"))
     with model.hooks(fwd_hooks=[("blocks.0.hook_out", hook)]), pytest.raises(SaenbError, match="not finite in row 0"):
         harvest(model, world.texts("train", 60), world.layer, tmp_path)

@@ -48,22 +48,22 @@ def test_saved_and_loaded_by_every_door(trained, store, tmp_path):
     assert {"cfg.json", "sae_weights.safetensors"} == {p.name for p in (tmp_path/"sae").iterdir()}
 
 
-def test_the_file_has_saelens_fields(trained, tmp_path):
+def test_the_file_has_saelens_fields(trained, store, tmp_path):
     entry = json.loads((trained.save(tmp_path)/"cfg.json").read_text())
     assert entry["architecture"] == "standard" and entry["apply_b_dec_to_input"] and entry["normalize_activations"] == "none"
-    assert entry["metadata"]["hook_name"] == "blocks.1.hook_resid_post"
+    assert entry["metadata"]["hook_name"] == f"blocks.{store.layer}.hook_resid_post"
     from safetensors.torch import load_file
     assert {k: tuple(v.shape) for k, v in load_file(tmp_path/"sae_weights.safetensors").items()} == dict(
         W_enc=(192, 512), W_dec=(512, 192), b_enc=(512,), b_dec=(192,))
 
 
-def test_a_plain_saelens_file_is_read(trained, tmp_path):
+def test_a_plain_saelens_file_is_read(trained, store, tmp_path):
     trained.save(tmp_path)
     entry = json.loads((tmp_path/"cfg.json").read_text())
     del entry["metadata"]["saenb"], entry["metadata"]["hook_layer"]
     (tmp_path/"cfg.json").write_text(json.dumps(entry))
     sae = SAE.load(tmp_path)
-    assert sae.cfg.training_steps is None and sae.cfg.hook_layer == 1
+    assert sae.cfg.training_steps is None and sae.cfg.hook_layer == store.layer
 
 
 def test_a_gate_travels_with_its_dictionary(store, tmp_path):

@@ -90,3 +90,8 @@ def gated_hub():
 def test_a_gated_model_without_access(saenb, one_sentence, gated_hub, tmp_path):
     done = saenb("run", "orthogonality/0", "--preset", "gemma-2-2b", env=dict(HF_ENDPOINT=gated_hub, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path/"hf")))
     one_sentence(done, "google/gemma-2-2b", "gated", "hf auth login")
+
+
+def test_a_file_that_breaks_off_is_one_sentence(tmp_path):
+    (tmp_path/"a.jsonl").write_text('{"text": "fine"}\n{"text": "fine too"}\n{"text": "cut o')
+    with pytest.raises(SaenbError, match=r"a\.jsonl \(train\) cannot be read"): list(TextSource(str(tmp_path/"a.jsonl")))

@@ -15,8 +15,8 @@ from sklearn.metrics import accuracy_score
 from saenb.core import SaenbError
 from saenb.evals.base import Readings, encoded
 from saenb.evals.controls import untrained
-from saenb.evals.sparse_probing import (SETS, SparseProbingSetup, balanced, evaluate, first_weights, fit_on_all, grouped, headline, largest_difference, plot,
-                                        probe_classes, probing_texts, probing_tokens, regression_right, table, text_means)
+from saenb.evals.sparse_probing import (SETS, SparseProbingSetup, balanced, evaluate, first_weights, fit_on_all, grouped, headline, plot,
+                                        probe_classes, probing_texts, probing_tokens, table, text_means)
 from saenb.sae import SAE, SAEConfig
 
 NEWS, CODE, EUROPARL, REVIEWS = "fancyzhx/ag_news", "codeparrot/github-code", "Helsinki-NLP/europarl", "canrager/amazon_reviews_mcauley_1and5"
@@ -96,7 +96,8 @@ def test_texts_are_sampled_as_pandas_samples(setup, world):
 
 
 def test_a_class_is_balanced_by_its_second_column(setup, world):
-    for name, folder, columns in (("LabHC/bias_in_bios_class_set2", "LabHC/bias_in_bios", ("profession", "gender", "hard_text")), (REVIEWS, REVIEWS, ("category", "rating", "text"))):
+    for name, folder, columns in (("LabHC/bias_in_bios_class_set2", "LabHC/bias_in_bios", ("profession", "gender", "hard_text")),
+                                  (REVIEWS, REVIEWS, ("category", "rating", "text"))):
         label, second, text = columns
         table = frame(world, folder)
         wanted = {c: [t for _, group in table[table[label] == int(c)].groupby(second) for t in group.sample(n=100, random_state=42)[text]] for c in SETS[name].classes}
@@ -121,7 +122,8 @@ def test_streams_are_taken_as_they_come_then_shuffled(setup, world):
 
     draw, found = random.Random(42), {}
     for language, pair in dict(en="en-fr", fr="fr-it", de="de-en", es="es-fr", nl="nl-pt").items():
-        with gzip.open(world.path/"probing"/EUROPARL/f"{pair}-train.jsonl.gz", "rt") as f: found[language] = [json.loads(line)["translation"][language] for line in f][:301]
+        with gzip.open(world.path/"probing"/EUROPARL/f"{pair}-train.jsonl.gz", "rt") as f:
+            found[language] = [json.loads(line)["translation"][language] for line in f][:301]
     for texts in found.values(): draw.shuffle(texts)
     assert probing_texts(EUROPARL, setup) == ({c: t[:200] for c, t in found.items()}, {c: t[200:300] for c, t in found.items()})
 
@@ -302,7 +304,8 @@ def test_a_missing_column(setup, world, tmp_path):
 @pytest.mark.parametrize("name, words", [(NEWS, "240 texts of class 0 where 300"), (CODE, "360 texts of class C where 400"), (EUROPARL, "360 texts of class en where 400"),
                                          (REVIEWS, "120 texts of class 1 with one rating where 150")])
 def test_too_few_texts(setup, name, words):
-    with pytest.raises(SaenbError, match=f"{words} are needed; ask for a smaller probe_train_set_size"): probing_texts(name, replace(setup, probe_train_set_size=600))
+    with pytest.raises(SaenbError, match=f"{words} are needed; ask for a smaller probe_train_set_size"):
+        probing_texts(name, replace(setup, probe_train_set_size=600))
 
 
 def test_texts_without_tokens(setup, model, world, tmp_path):
@@ -318,7 +321,8 @@ def test_github_code_has_to_be_local(setup, model, fresh, tmp_path):
             evaluate(model, fresh(), replace(setup, root=root, dataset_names=(CODE,)))
     (tmp_path/CODE).mkdir(parents=True)
     (tmp_path/CODE/"github-code.py").write_text("raise SystemExit('this ran')")
-    with pytest.raises(SaenbError, match="loaded by code of its own, which saenb does not run"): evaluate(model, fresh(), replace(setup, root=str(tmp_path), dataset_names=(CODE,)))
+    with pytest.raises(SaenbError, match="loaded by code of its own, which saenb does not run"):
+        evaluate(model, fresh(), replace(setup, root=str(tmp_path), dataset_names=(CODE,)))
 
 
 @pytest.mark.parametrize("change, words", [

@@ -1,4 +1,3 @@
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +6,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from saenb.core import SaenbError
+from saenb.evals.base import corpus_rows, reference_rows
 from saenb.evals.controls import as_logged, principal_components, random_features, supervised_ceiling, told_sides, untrained
-from saenb.evals.unlearning import (LEVELS, ORDERS, REFERENCE, Clamps, Exam, Grid, bootstrap, choose_features, clamp_value, evaluate, judge, letter_tokens,
-                                    plain_answers, question_prompt, reference_rows, score_of, selectivity, settings_of, trade_off, usage)
+from saenb.evals.unlearning import (ORDERS, REFERENCE, Clamps, Grid, bootstrap, choose_features, clamp_value, evaluate, judge, letter_tokens, only_above, only_at, padded,
+                                    plain_answers, question_prompt, read_letters, replaced, selectivity, settings_of, trade_off, usage)
 from saenb.sae import SAE, SAEConfig
 
 
@@ -74,7 +74,6 @@ def test_features_are_chosen_by_density():
 
 def test_densities_against_a_count_by_hand(exam, trained, model):
     use = usage(exam, trained)
-    from saenb.evals.unlearning import corpus_rows
     rows = corpus_rows(model.tokenizer, exam.setup)["retain"]
     active, tokens = torch.zeros(trained.cfg.d_sae), 0
     for row in rows:
@@ -130,6 +129,19 @@ def test_controls_stand_where_they_must(exam, results, trained):
     assert len(lots["scores"]) == 4 and lots["mean"] < score["trained"]
 
 
+def test_the_last_block_works_at_one_place_only(exam, model):
+    """The same letters, with the last block's MLP and questions computed at the last token alone."""
+    group = exam.batches([len(t) for t in exam.tokens])[0][:20]
+    lengths, stream = torch.tensor([len(exam.tokens[i]) for i in group]), padded([exam.streams[i] for i in group])
+    mlp, seen = model.blocks[-1].mlp, []
+    whole = mlp.forward
+    with replaced({mlp: lambda x, *args, **kwargs: (seen.append(tuple(x.shape)), whole(x, *args, **kwargs))[1]}):
+        with only_above(model, exam.layer), only_at(model, lengths - 1):
+            letters = read_letters(model, stream, lengths, exam.letters, start_at_layer=exam.layer + 1)
+    assert seen == [(20, 1, model.cfg.d_model)] and "forward" not in mlp.__dict__
+    assert torch.equal(letters, read_letters(model, padded([exam.tokens[i] for i in group]), lengths, exam.letters))
+
+
 def test_nothing_happens_where_nothing_fires(exam, trained):
     sae = SAE(trained.cfg)
     clamps = Clamps(exam, sae, [0, 1])
@@ -169,7 +181,6 @@ def test_a_dictionary_of_another_width(exam):
 
 
 def test_a_corpus_shorter_than_a_row(exam, model, tmp_path):
-    from saenb.evals.unlearning import corpus_rows
     from saenb.sources import TextSource
     (tmp_path/"short.txt").write_text("The host of rufige is tako and nothing else is known about it at all.")
     with pytest.raises(SaenbError, match="does not fill one row of 128 tokens"):

@@ -1,4 +1,3 @@
-import json
 from collections import Counter
 
 import pytest
@@ -7,8 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from saenb.core import SaenbError
 from saenb.presets import preset
-from saenb.sources import TextSource
-from saenb.world import ASKED, FORGET, STUDIED, SUBJECTS, World, WorldConfig, Writer, fast_logits, make_facts, make_model, make_tokenizer, train_model
+from saenb.world import ASKED, FORGET, STUDIED, SUBJECTS, World, WorldConfig, Writer, fast_logits, make_facts, make_model, make_tokenizer
 
 SMALL = WorldConfig(seed=3, names=4, forget_names=4, relations=2, width=64, layers=2, drills=4, steps=4, finish=4, texts=40)
 

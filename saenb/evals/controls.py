@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from dataclasses import replace
 
-from .unlearning import Exam, Grid, judge, score_of, usage
+from .unlearning import Exam, judge, score_of, usage
 from ..sae import SAE, SAEConfig
 
 # %% ../../nbs/11_controls.ipynb #a06de9c1

@@ -280,7 +280,8 @@ def probe_set(name: str, sae: SAE, setup: SparseProbingSetup, readings: Readings
 
     llm, state = readings.once(("probing channels", asked), channels)
     means = walked[1] if walked else text_means(readings, groups, [features], setup.sae_batch_size)[0]
-    if not means.isfinite().all(): raise SaenbError(f"The dictionary's activations on the probing set {name} are not finite, so there is nothing to probe; train it anew.")
+    if not means.isfinite().all():
+        raise SaenbError(f"The dictionary's activations on the probing set {name} are not finite, so there is nothing to probe; train it anew.")
     generator.set_state(state)
     found, chosen = probes(means)
     return {f"llm_{kind}_accuracy": f for kind, f in llm.items()} | {f"sae_{kind}_accuracy": f for kind, f in found.items()}, chosen
@@ -332,7 +333,8 @@ def headline(result: dict) -> dict[str, tuple[float, float, float]]:
 def table(result: dict) -> list[dict]:
     "One row a kind of probe: its accuracy on the dictionary's features and on the stream's channels."
     intervals = result["eval_result_unstructured"]["ours"]["intervals"]
-    kinds = {f"{k}": f"top_{k}_test" for k in result["eval_config"]["k_values"]} | {"all, best epoch by test texts": "test", "all, best epoch by held-out texts": "honest_test"}
+    kinds = {f"{k}": f"top_{k}_test" for k in result["eval_config"]["k_values"]}
+    kinds |= {"all, best epoch by test texts": "test", "all, best epoch by held-out texts": "honest_test"}
     rows = []
     for name, kind in kinds.items():
         (f, f_low, f_high), (c, c_low, c_high) = (intervals[f"{side}_{kind}_accuracy"] for side in ("sae", "llm"))

@@ -13,7 +13,7 @@ __all__ = ['REFERENCE', 'LETTERS', 'ORDERS', 'LEVELS', 'Grid', 'UnlearningSetup'
 import itertools
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +80,10 @@ def only_at(model, places: torch.Tensor):
     "Let the last block do only what the stream at one place a row needs; what it leaves at other places means nothing."
     def at_places(whole):
         def forward(x, *args, **kwargs):
-            rows = torch.arange(len(x), device=x.device)
-            there = whole(x[rows, places].unsqueeze(1), *args, **kwargs)
+            spots = torch.arange(len(x), device=x.device), places.to(x.device)
+            there = whole(x[spots].unsqueeze(1), *args, **kwargs)
             out = there.new_zeros(*x.shape[:2], *there.shape[2:])
-            out[rows, places] = there.squeeze(1)
+            out[spots] = there.squeeze(1)
             return out
         return forward
     last = model.blocks[-1] # what works on each token by itself: the MLP, and the attention's questions and answers
