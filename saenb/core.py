@@ -60,9 +60,9 @@ def write_text(path: str | Path, text: str):
     "Write a text file whole or not at all."
     with replacing(path) as draft: draft.write_text(text, encoding="utf-8")
 
-def write_json(path: str | Path, value):
-    "Write JSON that a person can read and a diff can compare."
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: str | Path, value, indent: int | None = 2):
+    "Write JSON that a person can read and a diff can compare, or all in one line."
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 def read_json(
     path: str | Path, # a JSON file

@@ -83,7 +83,7 @@ def judge(
         if kept.get("eval_id") != result_id(sae, setup):
             shared = exam_of(setting, out) if name == "unlearning" else readings_of(setting, name)
             kept = evaluation(name).evaluate(shared.model, sae, setup, shared)
-            if path: write_json(path, kept)
+            if path: write_json(path, kept, indent=None) # the long lists of features would take a line each
         results[name] = kept
     return results
 
