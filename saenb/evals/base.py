@@ -7,6 +7,7 @@ __all__ = ['CorpusSetup', 'reference_rows', 'corpus_rows', 'encoded', 'Readings'
            'ratio_interval', 'as_text']
 
 # %% ../../nbs/10_evals.ipynb #392df859
+import json
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -121,10 +122,11 @@ def as_saebench(
     ours: dict, # all that SAEBench has no field for
     details: list = (), # one entry a data set, letter or feature
 ) -> dict:
-    "A result under SAEBench's field names."
-    return dict(eval_type_id=name, eval_config=dict(model_name=sae.cfg.model_name, llm_dtype="float32") | config, eval_id=result_id(sae, setup),
+    "A result under SAEBench's field names, just as its file will hold it."
+    result = dict(eval_type_id=name, eval_config=dict(model_name=sae.cfg.model_name, llm_dtype="float32") | config, eval_id=result_id(sae, setup),
                 datetime_epoch_millis=int(time.time() * 1000), eval_result_metrics=metrics, eval_result_details=list(details), sae_bench_commit_hash="",
                 sae_lens_id="custom_sae", sae_lens_release_id="saenb", sae_lens_version="", sae_cfg_dict=asdict(sae.cfg), eval_result_unstructured=ours)
+    return json.loads(json.dumps(result, allow_nan=False))
 
 # %% ../../nbs/10_evals.ipynb #496627fa
 def ratio_interval(above: torch.Tensor, below: torch.Tensor, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
