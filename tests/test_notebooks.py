@@ -43,6 +43,12 @@ def test_there_are_notebooks():
     assert {"index.ipynb", "00_core.ipynb", "21_lab.ipynb", "22_cli.ipynb"} <= {p.name for p in NOTEBOOKS}
 
 
+def test_no_two_notebooks_share_a_page():
+    """The site knows a notebook by its name without the number."""
+    pages = [path.parent/re.sub(r"^\d+_", "", path.name) for path in NOTEBOOKS]
+    assert not {page.name for page in pages if pages.count(page) > 1}
+
+
 @each
 def test_a_notebook_says_what_it_is(path):
     first = read(path).cells[0]
