@@ -239,8 +239,9 @@ def test_raised_channels_are_probed_as_the_channels_are(setup, readings, model, 
     means, = text_means(readings, groups, [lambda x: encoded(raised, x)])
     (channels, ranked), (features, also_ranked) = (probe_classes(*parts, tuple("0123"), (1, 5), torch.Generator().manual_seed(42), 42)
                                                    for parts in (news, (means[:-judged], means[-judged:])))
-    assert sum(ranked["1"][c] == also_ranked["1"][c] for c in "0123") >= 3 # two channels may differ by as much
-    assert abs(channels["top_1_test"]["mean"] - features["top_1_test"]["mean"]) < 0.02 # the regression stops at a tolerance, elsewhere for a raised column
+    # the probe on all columns stops after another number of epochs, and the draws after it are others
+    assert sum(ranked["1"][c] == also_ranked["1"][c] for c in "0123") >= 3
+    assert abs(channels["top_1_test"]["mean"] - features["top_1_test"]["mean"]) < 0.05
 
 
 def test_channels_and_their_opposites_hold_the_channels(setup, readings, model, news, store):
