@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from saenb import lab
 from saenb.core import SaenbError, fingerprint, pick, write_text
@@ -231,6 +232,7 @@ def yes(value: bool) -> str: return "yes" if value else "NO"
 
 def main(args) -> bool:
     torch.set_num_threads(args.threads)
+    threadpool_limits(args.threads) # scikit-learn's and numpy's own threads
     world, made = World.default(), dictionaries()
     chosen = {name: pick(name, made, "dictionary to compare") for name in args.dictionaries.split(",")}
     comparisons = {name: pick(name, dict(unlearning=compare_unlearning, sparse_probing=compare_probing), "comparison") for name in args.evals.split(",")}
