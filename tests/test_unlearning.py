@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 from saenb.core import SaenbError
 from saenb.evals.base import corpus_rows, reference_rows
 from saenb.evals.controls import as_logged, principal_components, random_features, supervised_ceiling, told_sides, untrained
-from saenb.evals.unlearning import (ORDERS, REFERENCE, Clamps, Grid, bootstrap, choose_features, clamp_value, evaluate, judge, letter_tokens, only_above, only_at, padded,
-                                    plain_answers, question_prompt, read_letters, replaced, selectivity, settings_of, trade_off, usage)
+from saenb.evals.unlearning import (ORDERS, REFERENCE, Clamps, Grid, bootstrap, choose_features, clamp_value, evaluate, judge, letter_tokens,
+                                    plain_answers, question_prompt, selectivity, settings_of, trade_off, usage)
 from saenb.sae import SAE, SAEConfig
 
 
@@ -96,7 +96,7 @@ def test_fast_equals_plain_on_every_dictionary(exam, dictionaries):
             retain = plain[~exam.forgets].float().mean().item()
             if row["right"] is None: assert retain < exam.setup.lowest_retain, name
             else: assert torch.equal(row["right"], plain), name
-        assert clamps.forwards <= len(settings) * len(exam.tokens)
+        assert clamps.read <= len(settings) * len(exam.stream)
 
 
 def test_the_score_is_the_references_formula(exam, trained, results):
@@ -129,24 +129,30 @@ def test_controls_stand_where_they_must(exam, results, trained):
     assert len(lots["scores"]) == 4 and lots["mean"] < score["trained"]
 
 
-def test_the_last_block_works_at_one_place_only(exam, model):
-    """The same letters, with the last block's MLP and questions computed at the last token alone."""
-    group = exam.batches([len(t) for t in exam.tokens])[0][:20]
-    lengths, stream = torch.tensor([len(exam.tokens[i]) for i in group]), padded([exam.streams[i] for i in group])
-    mlp, seen = model.blocks[-1].mlp, []
-    whole = mlp.forward
-    with replaced({mlp: lambda x, *args, **kwargs: (seen.append(tuple(x.shape)), whole(x, *args, **kwargs))[1]}):
-        with only_above(model, exam.layer), only_at(model, lengths - 1):
-            letters = read_letters(model, stream, lengths, exam.letters, start_at_layer=exam.layer + 1)
-    assert seen == [(20, 1, model.cfg.d_model)] and "forward" not in mlp.__dict__
-    assert torch.equal(letters, read_letters(model, padded([exam.tokens[i] for i in group]), lengths, exam.letters))
+def test_what_is_computed_once_is_the_same(exam, trained):
+    """Two settings share a place exactly if they have made the same stream of the question up to there."""
+    use = usage(exam, trained)
+    chosen = choose_features(use, 0.6)
+    rare = [f for f in chosen if use.retain[f] < 0.01]
+    lists = [chosen[:12], chosen[:3], rare[:3], chosen[:3], rare[:6], []]
+    clamps = Clamps(exam, trained, [(f, torch.full((len(f),), v)) for f, v in zip(lists, (40.0, 40.0, 40.0, 2.0, 40.0, 1.0))])
+    settings, shared, apart = torch.arange(len(lists)), 0, 0
+    for q in range(0, len(exam.tokens), 30):
+        places = torch.arange(len(exam.tokens[q]))
+        streams = torch.stack([clamps.stream(torch.full_like(places, q), torch.full_like(places, s), places) for s in settings])
+        names = clamps.alike(q, settings)
+        for a in settings.tolist():
+            for b in settings.tolist():
+                same = (streams[a] == streams[b]).all(1).long().cumprod(0).bool()
+                assert ((names[a] == names[b]) == same.numpy()).all()
+                shared, apart = shared + int(same.sum()), apart + int((~same).sum())
+    assert shared > 0 and apart > 0
 
 
 def test_nothing_happens_where_nothing_fires(exam, trained):
-    sae = SAE(trained.cfg)
-    clamps = Clamps(exam, sae, [0, 1])
-    outcome = clamps.run([0, 1], {0: torch.tensor([50.0, 50.0])})[0]
-    assert not outcome.fired.any() and torch.equal(outcome.right, exam.base) and clamps.forwards == 0
+    clamps = Clamps(exam, SAE(trained.cfg), [([0, 1], torch.tensor([50.0, 50.0])), ([], torch.zeros(0))])
+    for outcome in clamps.run(): assert not outcome.fired.any() and torch.equal(outcome.right, exam.base)
+    assert clamps.read == 0
 
 
 points = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=12)

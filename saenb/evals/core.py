@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ..core import SaenbError
 from .base import CorpusSetup, Readings, as_saebench, check_width, encoded, ratio_interval
-from .unlearning import only_above, tiny_is_zero
+from .beginnings import only_above, tiny_is_zero
 from ..sae import SAE
 
 # %% ../../nbs/14_reconstruction.ipynb #347bd1d0

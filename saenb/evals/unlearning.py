@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'LETTERS', 'ORDERS', 'LEVELS', 'Grid', 'UnlearningSetup', 'question_prompt', 'letter_tokens', 'padded',
-           'only_above', 'only_at', 'replaced', 'tiny_is_zero', 'read_letters', 'Exam', 'Usage', 'usage',
-           'choose_features', 'clamped', 'plain_answers', 'Outcome', 'Clamps', 'trade_off', 'selectivity',
-           'levels_from', 'bootstrap', 'settings_of', 'clamp_value', 'judge', 'score_of', 'evaluate', 'config_of',
-           'headline', 'table', 'plot']
+           'letters_of', 'read_letters', 'Exam', 'Usage', 'usage', 'choose_features', 'clamped', 'plain_answers',
+           'Outcome', 'Clamps', 'trade_off', 'selectivity', 'levels_from', 'bootstrap', 'settings_of', 'clamp_value',
+           'judge', 'score_of', 'evaluate', 'config_of', 'headline', 'table', 'plot']
 
 # %% ../../nbs/10_unlearning.ipynb #4130bec9
 import itertools
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..core import SaenbError, fingerprint, read_json, write_json
 from .base import CorpusSetup, Readings, as_saebench, check_width, encoded
+from .beginnings import Trie, beginnings, logits_at_ends, tiny_is_zero
 from ..harvest import stream_at
 from ..sae import SAE
 from ..sources import QuestionSource
@@ -70,51 +69,17 @@ def padded(rows: list[torch.Tensor], value=0) -> torch.Tensor:
     "Rows of different length as one tensor, filled up on the right, which a causal model never looks at."
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
-@contextmanager
-def only_above(model, layer: int):
-    "Let the blocks up to `layer` pass their input on untouched, so that a stored stream can enter above them at no cost."
-    with replaced({block: lambda hidden_states, *args, **kwargs: hidden_states for block in model.blocks[:layer + 1]}): yield
-
-@contextmanager
-def only_at(model, places: torch.Tensor):
-    "Let the last block do only what the stream at one place a row needs; what it leaves at other places means nothing."
-    def at_places(whole):
-        def forward(x, *args, **kwargs):
-            spots = torch.arange(len(x), device=x.device), places.to(x.device)
-            there = whole(x[spots].unsqueeze(1), *args, **kwargs)
-            out = there.new_zeros(*x.shape[:2], *there.shape[2:])
-            out[spots] = there.squeeze(1)
-            return out
-        return forward
-    last = model.blocks[-1] # what works on each token by itself: the MLP, and the attention's questions and answers
-    parts = [getattr(owner, name, None) for owner, name in ((last, "mlp"), (getattr(last, "attn", None), "q"), (getattr(last, "attn", None), "o"))]
-    with replaced({part: at_places(part.forward) for part in parts if part is not None}): yield
-
-@contextmanager
-def replaced(forwards: dict):
-    "Modules with other forward functions, for a while."
-    kept = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items(): module.__dict__["forward"] = forward
-    try: yield
-    finally:
-        for module, forward in kept.items():
-            if forward is None: del module.__dict__["forward"]
-            else: module.__dict__["forward"] = forward
-
-@contextmanager
-def tiny_is_zero():
-    "Count numbers too small for full precision as zero: a clamped stream makes many, and processors are slow with them."
-    torch.set_flush_denormal(True)
-    try: yield
-    finally: torch.set_flush_denormal(False)
+def letters_of(logits: torch.Tensor, letters: torch.Tensor) -> torch.Tensor:
+    "The likeliest letter, 0 to 3, of each row of logits."
+    return logits.softmax(-1)[:, letters.to(logits.device)].amax(1).argmax(-1).cpu()
 
 @torch.no_grad()
-def read_letters(model, inputs, lengths, letters, **where) -> torch.Tensor:
-    "The letter the model answers, 0 to 3, for each row; `inputs` are tokens or, with `start_at_layer`, a stream."
+def read_letters(model, rows: list[torch.Tensor], letters: torch.Tensor) -> torch.Tensor:
+    "The letter that the model answers to each row of tokens, all of them read whole."
+    lengths = torch.tensor([len(row) for row in rows])
     last, column = torch.unique(lengths - 1, return_inverse=True)
-    with tiny_is_zero(): logits = model(inputs, return_type="logits", logits_to_keep=last, **where)
-    logits = logits[torch.arange(len(inputs)), column]
-    return logits.softmax(-1)[:, letters].amax(1).argmax(-1)
+    with tiny_is_zero(): logits = model(padded(rows), return_type="logits", logits_to_keep=last)
+    return letters_of(logits[torch.arange(len(rows)), column], letters)
 
 # %% ../../nbs/10_unlearning.ipynb #9896e374
 class Exam:
@@ -139,21 +104,24 @@ class Exam:
                 self.tokens.append(self._tokens(source, rows[i], range(4)))
         self.forgets = torch.tensor([s == 0 for s in self.subject], dtype=torch.bool)
         self.answer = torch.tensor(self.answer)
-        self.streams, self.base = self._base()
+        self.starts = torch.tensor([0, *(len(t) for t in self.tokens)]).cumsum(0)[:-1] # where each prompt lies among all their tokens
+        self.beginnings = beginnings(self.tokens)
+        self.stream, self.base = self._base()
 
     def _tokens(self, source, row, order):
         prompt = question_prompt(source.spoken, row["question"], [row["choices"][i] for i in order])
         return torch.tensor(self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
-    def batches(self, lengths) -> list[list[int]]:
-        "Indices of prompts, of similar length together, as many as fit the token budget."
-        groups, group = [], []
-        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            if group and lengths[i] * (len(group) + 1) > self.setup.batch_tokens:
-                groups.append(group)
-                group = []
-            group.append(i)
-        return groups + [group] if group else groups
+    def batches(self, rows) -> list[list[int]]:
+        "Indices of sequences, in order, as many together as fit the token budget."
+        groups, longest = [], 0
+        for i, row in enumerate(rows):
+            longest = max(longest, len(row))
+            if not groups or longest * (len(groups[-1]) + 1) > self.setup.batch_tokens:
+                groups.append([])
+                longest = len(row)
+            groups[-1].append(i)
+        return groups
 
     def _known(self, cache) -> dict[str, list[int]]:
         "For each subject the questions that are answered right under all orders."
@@ -165,10 +133,9 @@ class Exam:
         for source, rows in sources:
             asked = [(i, order) for i in range(len(rows)) for order in ORDERS]
             tokens = [self._tokens(source, rows[i], order) for i, order in asked]
-            right = torch.zeros(len(asked), dtype=torch.bool)
-            for group in tqdm(self.batches([len(t) for t in tokens]), desc=f"known {source.subject}", leave=False):
-                answers = read_letters(self.model, padded([tokens[j] for j in group]), torch.tensor([len(tokens[j]) for j in group]), self.letters)
-                right[group] = answers == torch.tensor([asked[j][1].index(rows[asked[j][0]]["answer"]) for j in group])
+            table = padded(tokens)
+            letters, _ = self.answers(beginnings(tokens), lambda row, place: table[row, place], title=f"known {source.subject}")
+            right = letters == torch.tensor([order.index(rows[i]["answer"]) for i, order in asked])
             known[source.subject] = right.view(len(rows), 24).all(1).nonzero().squeeze(1).tolist()
         if path: write_json(path, dict(model=str(self.model.cfg.model_name), known=known))
         return known
@@ -178,19 +145,28 @@ class Exam:
         return [round(p.double().sum().item(), 6) for p in itertools.islice(self.model.parameters(), 8)]
 
     def _base(self):
-        "Every known question's stream at the layer, and the untouched answers."
-        streams, answers = [None] * len(self.tokens), torch.zeros(len(self.tokens), dtype=torch.long)
-        for group in self.batches([len(t) for t in self.tokens]):
-            lengths = torch.tensor([len(self.tokens[i]) for i in group])
+        "The stream of all known questions' tokens at the layer, and whether the untouched answers are right."
+        streams = []
+        for group in self.batches(self.tokens):
             stream = stream_at(self.model, padded([self.tokens[i] for i in group]), self.layer)
-            answers[group] = self.answers(stream, lengths)
-            for i, row in zip(group, stream): streams[i] = row[:len(self.tokens[i])].clone()
-        return streams, answers == self.answer
+            streams += [row[:len(self.tokens[i])].clone() for i, row in zip(group, stream)]
+        stream = torch.cat(streams) if streams else torch.zeros(0, self.model.cfg.d_model)
+        letters, _ = self.answers(self.beginnings, lambda row, place: stream[self.starts[row] + place], self.layer + 1)
+        return stream, letters == self.answer
 
-    def answers(self, streams: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        "What the layers above answer to padded streams that enter at the dictionary's layer."
-        with only_above(self.model, self.layer), only_at(self.model, lengths - 1):
-            return read_letters(self.model, streams, lengths, self.letters, start_at_layer=min(self.layer + 1, self.depth - 1))
+    def answers(self,
+        names: list[np.ndarray], # sequences, as the names of their beginnings; those that share much side by side
+        inputs, # gives tokens, or the stream that enters, for sequences (their numbers) and places
+        first: int = 0, # the block that a stream enters
+        title: str | None = None, # of a progress bar
+    ) -> tuple[torch.Tensor, int]:
+        "The letters that the model answers, and how many tokens it read for them."
+        letters, read = [torch.zeros(0, dtype=torch.long)], 0
+        for group in tqdm(self.batches(names), desc=title, leave=False, disable=not title):
+            trie = Trie([names[i] for i in group])
+            letters.append(letters_of(logits_at_ends(self.model, trie, inputs(trie.sequence + group[0], trie.place), first), self.letters))
+            read += len(trie)
+        return torch.cat(letters), read
 
     def corpus(self, side: str):
         "Batches of (stream, which tokens are text) of one corpus."
@@ -244,9 +220,8 @@ def plain_answers(exam: Exam, sae, features, value) -> torch.Tensor:
     "Which known questions are still answered right under one setting, computed the long way."
     right = torch.zeros(len(exam.tokens), dtype=torch.bool)
     hook = (f"blocks.{exam.layer}.hook_out", lambda stream, hook: clamped(sae, stream, list(features), value))
-    for group in exam.batches([len(t) for t in exam.tokens]):
-        with exam.model.hooks(fwd_hooks=[hook]):
-            answers = read_letters(exam.model, padded([exam.tokens[i] for i in group]), torch.tensor([len(exam.tokens[i]) for i in group]), exam.letters)
+    for group in exam.batches(exam.tokens):
+        with exam.model.hooks(fwd_hooks=[hook]): answers = read_letters(exam.model, [exam.tokens[i] for i in group], exam.letters)
         right[group] = answers == exam.answer[group]
     return right
 
@@ -259,66 +234,88 @@ class Outcome:
     retain_errors: int # errors on the retained side when it ended or was abandoned
 
 class Clamps:
-    "Interventions on one dictionary, each computed once."
-    def __init__(self, exam: Exam, sae, candidates):
-        self.exam, self.sae = exam, sae
-        self.column = {int(c): i for i, c in enumerate(dict.fromkeys(candidates))}
-        self.rows = sae.W_dec[list(self.column)].detach() if self.column else torch.zeros(0, sae.cfg.d_in)
-        self.active = self._activations()
-        self.fires = torch.stack([(a > 0).any(0) for a in self.active]) if self.column else torch.zeros(len(exam.tokens), 0, dtype=torch.bool)
-        self.most_errors = int((1 - exam.setup.lowest_retain) * (~exam.forgets).sum().item() + 1e-9)
-        self.forwards, self.outcomes = 0, {}
+    "Interventions on one dictionary, judged together."
+    def __init__(self,
+        exam: Exam, # the questions
+        sae, # the dictionary
+        interventions: list[tuple], # for each its features, and the value that each of them is clamped to, sign aside
+    ):
+        self.exam, self.read = exam, 0
+        features = sorted({int(f) for chosen, _ in interventions for f in chosen})
+        self.chosen = torch.zeros(len(interventions), len(features), dtype=torch.bool)
+        self.values = torch.zeros(len(interventions), len(features))
+        for i, (chosen, values) in enumerate(interventions):
+            columns = [features.index(int(f)) for f in chosen]
+            self.chosen[i, columns], self.values[i, columns] = True, values
+        self.rows = sae.W_dec[features].detach()
+        self.active = self._activations(sae, features)
 
     @torch.no_grad()
-    def _activations(self) -> list[torch.Tensor]:
-        "The candidates' activations on every known question, position 0 silenced."
-        kept = [None] * len(self.exam.streams)
-        for group in self.exam.batches([len(s) for s in self.exam.streams]):
-            stream = padded([self.exam.streams[i] for i in group])
-            f = encoded(self.sae, stream)[..., list(self.column)]
+    def _activations(self, sae, features) -> torch.Tensor:
+        "The features' activations on all tokens of the known questions, position 0 silenced."
+        exam, kept = self.exam, [torch.zeros(0, len(features))]
+        for group in exam.batches(exam.tokens):
+            stream = padded([exam.stream[exam.starts[i]:exam.starts[i] + len(exam.tokens[i])] for i in group])
+            f = encoded(sae, stream)[..., features]
             f[:, 0] = 0
-            for i, row in zip(group, f): kept[i] = row[:len(self.exam.streams[i])].clone()
-        return kept
+            kept += [row[:len(exam.tokens[i])] for i, row in zip(group, f)]
+        return torch.cat(kept)
 
-    def changed(self, questions: list[int], columns, values: torch.Tensor) -> torch.Tensor:
-        "Several questions' streams, each with its own clamp values [questions, features]."
-        f = padded([self.active[q] for q in questions])[..., columns]
-        push = torch.where(f > 0, -values[:, None] - f, torch.zeros(()))
-        return padded([self.exam.streams[q] for q in questions]) + push @ self.rows[columns]
+    def alike(self, question: int, settings: torch.Tensor) -> np.ndarray:
+        "For each setting and place, the first of the settings that has done the same to the question up to there."
+        begin = self.exam.starts[question]
+        on = self.active[begin:begin + len(self.exam.tokens[question])] > 0
+        fired = on.any(0)
+        values = torch.where(self.chosen[settings], self.values[settings], torch.inf)[:, fired]
+        ever = on[:, fired].cummax(0).values # which have fired by then
+        news = (ever[1:] != ever[:-1]).any(1).nonzero().squeeze(1) + 1
+        changes = torch.cat([torch.zeros(1, dtype=torch.long), news]) # ever stays the same between these
+        apart = (values[:, None] != values).float() @ ever[changes].T.float() > 0
+        first = (~apart).int().argmax(1)
+        return first.repeat_interleave(torch.diff(torch.cat([changes, torch.tensor([len(on)])])), dim=1).numpy()
 
-    def right(self, question_values, columns) -> torch.Tensor:
-        "Whether each (question, clamp values) pair is still answered right."
-        right = torch.zeros(len(question_values), dtype=torch.bool)
-        for group in self.exam.batches([len(self.exam.streams[q]) for q, _ in question_values]):
-            questions, values = zip(*(question_values[j] for j in group))
-            lengths = torch.tensor([len(self.exam.streams[q]) for q in questions])
-            answers = self.exam.answers(self.changed(questions, columns, torch.stack(values)), lengths)
-            right[group] = answers == self.exam.answer[list(questions)]
-        self.forwards += len(question_values)
-        return right
+    def stream(self, questions: torch.Tensor, settings: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        "The changed stream of single tokens: a question, a setting and a place each."
+        at = self.exam.starts[questions] + places
+        f = self.active[at]
+        push = torch.where(self.chosen[settings] & (f > 0), -self.values[settings] - f, torch.zeros(()))
+        return self.exam.stream[at] + push @ self.rows
 
     @torch.no_grad()
-    def run(self, features, clamp_values: dict) -> dict:
-        "Clamp `features` to each of several values (by key, a tensor [n features]); the outcomes by key."
-        name = tuple(map(int, features))
-        columns = [self.column[f] for f in name]
-        fired = self.fires[:, columns].any(1)
-        todo = {k: v for k, v in clamp_values.items() if (name, tuple(v.tolist())) not in self.outcomes}
-        right = {k: self.exam.base.clone() for k in todo}
-        errors, alive = dict.fromkeys(todo, 0), list(todo)
-        for side in (~self.exam.forgets, self.exam.forgets):
-            touched = (fired & side).nonzero().squeeze(1).tolist()
-            # retained questions come in blocks, so that a hopeless setting is noticed early
-            for block in ([touched[i:i + 64] for i in range(0, len(touched), 64)] if not side[self.exam.forgets].any() else [touched]):
-                pairs = [(q, todo[k]) for k in alive for q in block]
-                if not pairs: continue
-                for k, answers in zip(alive, self.right(pairs, columns).view(len(alive), len(block))):
-                    right[k][block] = answers
-                    errors[k] = int((~right[k] & ~self.exam.forgets).sum())
-                alive = [k for k in alive if errors[k] <= self.most_errors]
-        for k in todo:
-            self.outcomes[name, tuple(todo[k].tolist())] = Outcome(right[k] if k in alive else None, fired, errors[k])
-        return {k: self.outcomes[name, tuple(v.tolist())] for k, v in clamp_values.items()}
+    def run(self) -> list[Outcome]:
+        "What each intervention does."
+        exam = self.exam
+        fires = torch.stack([(f > 0).any(0) for f in self.active.split([len(t) for t in exam.tokens])])
+        fired = self.chosen.float() @ fires.T.float() > 0 # [settings, questions]
+        right = exam.base.repeat(len(fired), 1)
+        errors = (~right & ~exam.forgets).sum(1)
+        alive, most = torch.arange(len(fired)), int((1 - exam.setup.lowest_retain) * (~exam.forgets).sum().item() + 1e-9)
+        for block in self._blocks(fired):
+            pairs = fired[alive][:, block].T.nonzero()
+            if not len(pairs): continue
+            questions, settings = block[pairs[:, 0]], alive[pairs[:, 1]]
+            done = {q: self.alike(q, alive) for q in questions.unique().tolist()}
+            names = [exam.beginnings[q] * len(alive) + done[q][s] for q, s in zip(questions.tolist(), pairs[:, 1].tolist())]
+            letters, read = exam.answers(names, lambda row, place: self.stream(questions[row], settings[row], place), exam.layer + 1)
+            right[settings, questions] = letters == exam.answer[questions]
+            self.read += read
+            errors = (~right & ~exam.forgets).sum(1)
+            alive = alive[errors[alive] <= most]
+        kept = set(alive.tolist())
+        return [Outcome(right[i] if i in kept else None, fired[i], int(errors[i])) for i in range(len(fired))]
+
+    def _blocks(self, fired) -> list[torch.Tensor]:
+        "Questions to judge together: retained ones first, in growing numbers, those that most settings touch in front."
+        exam = self.exam
+        retained = (~exam.forgets).nonzero().squeeze(1)
+        retained = retained[fired.sum(0)[retained].argsort(descending=True, stable=True)]
+        sizes, size = [], 16
+        while sum(sizes) < len(retained):
+            sizes.append(min(size, len(retained) - sum(sizes)))
+            size *= 2
+        rank = sorted(range(len(exam.tokens)), key=lambda q: exam.tokens[q].tolist()) # those that share much side by side
+        rank = torch.tensor(rank).argsort()
+        return [block[rank[block].argsort()] for block in (*retained.split(sizes), exam.forgets.nonzero().squeeze(1))]
 
 # %% ../../nbs/10_unlearning.ipynb #63746bc5
 LEVELS = (0.995, 0.99, 0.98, 0.95, 0.90)
@@ -360,15 +357,9 @@ def clamp_value(setting: dict, use: Usage) -> torch.Tensor:
 
 def judge(exam: Exam, sae, settings: list[dict], use: Usage) -> tuple[list[dict], Clamps]:
     "Run every setting; each row tells its features, its shares and how many prompts it touched."
-    clamps = Clamps(exam, sae, [f for s in settings for f in s["features"]])
-    together = {}
-    for i, s in enumerate(settings): together.setdefault(tuple(map(int, s["features"])), []).append(i)
-    outcomes = {}
-    for chosen, members in tqdm(together.items(), desc="clamp", leave=False):
-        outcomes |= clamps.run(chosen, {i: clamp_value(settings[i], use) for i in members})
+    clamps = Clamps(exam, sae, [(s["features"], clamp_value(s, use)) for s in settings])
     forgets, rows = exam.forgets, []
-    for i, s in enumerate(settings):
-        o = outcomes[i]
+    for s, o in zip(settings, clamps.run()):
         rows.append({k: s[k] for k in ("retain_threshold", "n_features", "multiplier", "typical")} | dict(
             chosen=len(s["features"]), features=[int(f) for f in s["features"]],
             retain_share=1 - o.retain_errors / max(1, int((~forgets).sum())),
@@ -408,9 +399,8 @@ def evaluate(
     by_grid = {name: [r for r, s in zip(rows, settings) if s["grid"] == name] for name in grids}
     main = score_of(by_grid["score"], exam, setup.retain_floor)
     reference = score_of(by_grid.get("reference", by_grid["score"]), exam, setup.retain_floor)
-    questions, above = len(exam.tokens), exam.depth - exam.layer - 1
-    work = clamps.forwards * above + questions * exam.depth
-    plain = len(settings) * questions * exam.depth
+    tokens, above = len(exam.stream), exam.depth - exam.layer - 1
+    work, plain = clamps.read * above + tokens * exam.depth, len(settings) * tokens * exam.depth
     best, points = main["best"], [(r["retain_share"], r["forget_share"]) for r in by_grid["score"] if r["right"] is not None]
     ours = dict(
         score=main["score"], interval=main["interval"], reference_score=reference["score"], reference_interval=reference["interval"],
@@ -422,7 +412,7 @@ def evaluate(
         settings=[{k: v for k, v in r.items() if k not in ("right", "features")} for r in rows],
         passing={str(t): int(len(choose_features(use, t))) for t in setup.grid.thresholds},
         alive=int(((use.forget > 0) | (use.retain > 0)).sum()),
-        work=dict(layer_passes=work, plain=plain, saved=1 - work / plain, seconds=time.perf_counter() - began))
+        work=dict(token_passes=work, plain=plain, saved=1 - work / plain, seconds=time.perf_counter() - began))
     return as_saebench("unlearning", sae, setup, config_of(setup), dict(unlearning=dict(unlearning_score=ours["score"])), ours)
 
 def config_of(setup: UnlearningSetup) -> dict:
