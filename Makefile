@@ -15,7 +15,7 @@ reproduce: setup ## Make all runs, logs and figures; picks up where it was stopp
 	.venv/bin/saenb reproduce $(ARGS)
 
 test: setup ## Run the tests, notebooks included
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 docs: setup ## Build the site into _docs/
 	.venv/bin/python docs/build.py

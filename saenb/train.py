@@ -50,7 +50,7 @@ class TrainConfig:
 # %% ../nbs/03_train.ipynb #9b5656e8
 class Mechanism(nn.Module):
     "An idea that plugs into training; subclasses define the hooks they need and are known by their name."
-    gate = penalty = after_backward = after_step = None
+    gate = penalty = after_backward = after_step = numbers = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -143,7 +143,7 @@ class Trainer:
         "Everything that happens to one batch."
         sae, (lr, rise) = self.sae, self.schedule(self.index)
         for group in self.optimizer.param_groups: group["lr"] = self.cfg.lr * lr * group["rate"]
-        with self._products():
+        with self.products(sae.cfg.d_in, sae.cfg.d_sae):
             f = sae.encode(batch.x, batch.position)
             reconstruction = sae.decode(f)
         losses = dict(reconstruction=reconstruction_loss(batch.x, reconstruction, sae.cfg.scale),
@@ -166,8 +166,9 @@ class Trainer:
 
     def _with(self, hook): return [m for m in self.mechanisms if getattr(m, hook)]
 
-    def _products(self):
-        precision = fast_precision(self.sae.cfg.d_in, self.sae.cfg.d_sae) if self.cfg.precision == "auto" else self.cfg.precision
+    def products(self, inner: int, outer: int):
+        "The precision of matrix products with a factor of this size."
+        precision = fast_precision(inner, outer) if self.cfg.precision == "auto" else self.cfg.precision
         return torch.autocast(self.sae.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
     def _note(self, step, loss):
@@ -186,6 +187,7 @@ class Trainer:
         if not numbers.isfinite().all(): self._stop_for(numbers, first)
         line = dict(step=self.index, **dict(zip(self._terms, numbers[-1].tolist())),
                     lr=self.optimizer.param_groups[0]["lr"], dead=(self.since_fired >= self.dead_after).float().mean().item())
+        with torch.no_grad(): line |= {f"{type(m).__name__}.{name}": value for m in self._with("numbers") for name, value in m.numbers(self.sae).items()}
         self.history.append(line)
         if self.out:
             with open(self.out/LOG, "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")

@@ -13,6 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ: # several at work share the processor
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """Workers take whole files, which share what is costly to make; notebooks are run one by one."""
+    for item in items: item.add_marker(pytest.mark.xdist_group(item.name if "runs_from_top" in item.name else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def world():
     from saenb.world import World
