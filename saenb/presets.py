@@ -13,6 +13,7 @@ from pathlib import Path
 from .core import pick
 from .evals.absorption import AbsorptionSetup
 from .evals.core import CoreSetup
+from .evals.entanglement import EntanglementSetup
 from .evals.positional import PositionalSetup, SentenceOrder, order_files
 from .evals.separation import SeparationSetup
 from .evals.sparse_probing import SETS, SparseProbingSetup
@@ -56,7 +57,7 @@ def tiny(folder: str | None = None) -> Preset:
     corpora = dict(forget=world.text_sources("forget")[0], retain=world.text_sources("retain")[0], seq_len=128)
     return Preset(
         name=Path(folder).resolve().name if folder else "tiny", model=str(world.path/"model"), answer_model=str(world.path/"model"), layer=world.layer,
-        texts=world.text_sources("train"), d_sae=768, training=TrainConfig(steps=1000), recorded=("unlearning", "core"),
+        texts=world.text_sources("train"), d_sae=768, training=TrainConfig(steps=1000), recorded=("unlearning", "core", "entanglement"),
         evals=dict(
             unlearning=UnlearningSetup(questions=world.question_sources(), grid=TINY_GRID, **corpora),
             sparse_probing=SparseProbingSetup(root=str(world.path/"probing"), probe_train_set_size=400, probe_test_set_size=200),
@@ -64,7 +65,8 @@ def tiny(folder: str | None = None) -> Preset:
             absorption=AbsorptionSetup(words=str(world.path/"absorption"/"words.jsonl.gz"), train_share=0.6, min_feats_for_eval=5, probe_num_epochs=200,
                                        k_sparse_probe_batch_size=32, k_sparse_probe_num_epochs=100),
             positional=PositionalSetup(order=order_files(world.path/"order"), **corpora),
-            separation=SeparationSetup(tokens_a_row=128, **corpora)))
+            separation=SeparationSetup(tokens_a_row=128, **corpora),
+            entanglement=EntanglementSetup(tokens_a_row=64, **corpora)))
 
 def tiny_full(folder: str | None = None) -> Preset:
     "The same at the length the reports are made of."
@@ -86,7 +88,7 @@ def gemma() -> Preset:
         d_sae=2304, training=TrainConfig(tokens=50_000_000), seeds=3, harvest_tokens=50_000_000, store_dtype="bfloat16",
         model_dtype="bfloat16", evals=dict(
             unlearning=UnlearningSetup(questions=questions, **corpora), sparse_probing=SparseProbingSetup(dataset_names=tuple(n for n, s in SETS.items() if not s.scripted)), core=CoreSetup(**corpora), absorption=AbsorptionSetup(),
-            positional=PositionalSetup(order=(SentenceOrder("sentences", retain),), **corpora), separation=SeparationSetup(**corpora)))
+            positional=PositionalSetup(order=(SentenceOrder("sentences", retain),), **corpora), separation=SeparationSetup(**corpora), entanglement=EntanglementSetup(**corpora)))
 
 PRESETS = {"tiny": tiny, "tiny-full": tiny_full, "gemma-2-2b": gemma}
 

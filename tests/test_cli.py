@@ -173,7 +173,7 @@ def test_figures_are_drawn_from_records(saenb, first, tmp_path):
     done = saenb("figures", "--out", first[0], "--figures", tmp_path/"figures", "--json")
     assert done.returncode == 0, done.stderr
     drawn = json.loads(done.stdout)
-    assert {f"{tmp_path}/figures/orthogonality/{name}.png" for name in ("unlearning_scores", "training_curves")} <= set(drawn)
+    assert {f"{tmp_path}/figures/orthogonality/{name}.png" for name in ("unlearning_scores", "training_metrics")} <= set(drawn)
     assert sorted(drawn) == sorted(str(p) for p in (tmp_path/"figures").rglob("*") if p.is_file())
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 
 from saenb.core import SaenbError
 from saenb.lab import run
-from saenb.plots import draw_figures
+from saenb.plots import CURVES, draw_figures
 from saenb.records import Record, find_records, over_seeds
 from saenb.runs.table import RUNS
 
@@ -51,7 +51,7 @@ def files(folder): return {p.relative_to(folder).as_posix(): (p.read_bytes(), p.
 
 def test_a_record_is_all_there(baseline, out):
     assert baseline.path == out/"tiny"/"orthogonality"/"run_0"/"seed_0"
-    assert set(files(baseline.path)) == {"config.json", "final_info.json", "train_log.jsonl", "timing.json", "notes.md", "evals/unlearning.json", "evals/core.json",
+    assert set(files(baseline.path)) == {"config.json", "final_info.json", "train_log.jsonl", "timing.json", "notes.md", "evals/unlearning.json", "evals/core.json", "evals/entanglement.json",
                                          "sae/cfg.json", "sae/sae_weights.safetensors"}
     assert baseline.finished and (baseline.run, baseline.seed, baseline.variant) == ("orthogonality/0", 0, "")
     assert baseline.config["run"] == RUNS["orthogonality/0"].as_dict() and baseline.config["training"]["steps"] == STEPS
@@ -218,6 +218,14 @@ def test_a_damaged_record_is_named(made, baseline, tmp_path):
 
 def test_an_unknown_change_is_named(made, out):
     with pytest.raises(SaenbError, match="learning_rate"): made("orthogonality/0", change=dict(learning_rate=1e-3))
+    with pytest.raises(SaenbError, match="share"): made("orthogonality/0", change=dict(share=0.01)) # it has no mechanism that takes it
+
+
+def test_a_mechanisms_settings_can_be_changed(made):
+    found = {r.variant: r for r in (made("orthogonality/1", steps=20), made("orthogonality/1", steps=20, change=dict(share=0.01)))}
+    assert found.keys() == {"", "share=0.01"} and found["share=0.01"].path.parent.name == "run_1@share=0.01"
+    assert [r.config["run"]["mechanisms"][0]["settings"]["share"] for r in found.values()] == [0.001, 0.01] and RUNS["orthogonality/1"].as_dict()["constants"]["share"] == 0.001
+    assert weights(found[""]) != weights(found["share=0.01"])
     assert not list((out/"tiny").glob("*/run_*learning_rate*"))
 
 
@@ -240,7 +248,8 @@ def test_figures_are_the_same_bytes_for_the_same_records(made, baseline, out, tm
     made("positional/0")
     drawn = [draw_figures(out/"tiny", tmp_path/name) for name in ("a", "b")]
     for experiment in ("orthogonality", "positional"):
-        assert {tmp_path/"a"/experiment/f"{name}.png" for name in ("unlearning_scores", "training_curves")} <= set(drawn[0])
+        assert {tmp_path/"a"/experiment/f"{name}.png" for name in ("unlearning_scores", CURVES[experiment][0])} <= set(drawn[0])
+    assert tmp_path/"a"/"orthogonality"/"feature_correlations.png" in drawn[0]
     for a, b in zip(*drawn):
         assert a.relative_to(tmp_path/"a") == b.relative_to(tmp_path/"b")
         assert a.read_bytes() == b.read_bytes() and a.read_bytes().startswith(b"\x89PNG")

@@ -47,6 +47,13 @@ def test_coactivation_and_correlation_against_numpy():
     assert not found[4].any() and not found[7].any() and found.abs().max() <= 1
 
 
+@pytest.mark.parametrize("above", [-9.0, 0.5, 2.5, 99.0])
+def test_few_or_many_active_features_make_the_same_products(above):
+    """Products of sparse matrices where few are active, of dense ones elsewhere."""
+    f = torch.relu(torch.randn(300, 40, generator=torch.Generator().manual_seed(0)) - above)
+    torch.testing.assert_close(coactivation(f), f.T @ f / 300, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["independent", "line", "circle", "xor"])
 def test_mutual_information_against_scipy_and_sklearn(name):
     x, y = known()[name]

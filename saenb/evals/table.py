@@ -17,7 +17,8 @@ EVALS = dict(
     core="how sparse, and how much of the stream and of the model's answers is kept",
     absorption="do features swallow what a more general one should say",
     positional="do features know where in a text they are",
-    separation="do single features tell the two corpora apart")
+    separation="do single features tell the two corpora apart",
+    entanglement="do features overlap in direction and in when they are active")
 
 def evaluation(name: str):
     "The module of an evaluation."

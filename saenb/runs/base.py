@@ -25,6 +25,7 @@ class Run:
     mechanisms: tuple[tuple[str, dict], ...] = () # (name, settings) of each mechanism
     training: dict = field(default_factory=dict) # knobs of `TrainConfig` that differ from the preset's
     builds_on: str | None = None # the run it differs from by one part
+    sweep: tuple[dict, ...] = () # changes to its knobs that an analysis asks for, made at the full budget
 
     @property
     def experiment(self) -> str: return self.id.split("/")[0]

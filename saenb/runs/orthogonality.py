@@ -112,7 +112,8 @@ class OrthogonalPairs(Mechanism):
 # %% ../../nbs/06_orthogonality.ipynb #b84ded2c
 RUNS = (
     Run("orthogonality/1", "Basic orthogonality", "Features that act together most in the batch get different directions.",
-        (("OrthogonalPairs", dict(by="coactivation", share=0.001, tau=0.1)),), builds_on="orthogonality/0"),
+        (("OrthogonalPairs", dict(by="coactivation", share=0.001, tau=0.1)),), builds_on="orthogonality/0",
+        sweep=tuple(dict(share=share) for share in (0.0001, 0.01, 0.1))), # how many pairs are best
     Run("orthogonality/2", "Adaptive tau", "The more two features correlate, the more they are charged.",
         (("OrthogonalPairs", dict(by="coactivation", share=0.001, rule="rising", tau=0.1, tau_max=0.5)),), builds_on="orthogonality/1"),
     Run("orthogonality/3", "Higher base", "The same, several times as strong.",
