@@ -87,6 +87,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'saenb.evals.base.as_saebench': ('evals.html#as_saebench', 'saenb/evals/base.py'),
                                   'saenb.evals.base.as_text': ('evals.html#as_text', 'saenb/evals/base.py'),
                                   'saenb.evals.base.check_width': ('evals.html#check_width', 'saenb/evals/base.py'),
+                                  'saenb.evals.base.corpus_config': ('evals.html#corpus_config', 'saenb/evals/base.py'),
                                   'saenb.evals.base.corpus_rows': ('evals.html#corpus_rows', 'saenb/evals/base.py'),
                                   'saenb.evals.base.encoded': ('evals.html#encoded', 'saenb/evals/base.py'),
                                   'saenb.evals.base.ratio_interval': ('evals.html#ratio_interval', 'saenb/evals/base.py'),

@@ -8,14 +8,13 @@ __all__ = ['NAMES', 'EntanglementSetup', 'correlations', 'largest', 'over_featur
 
 # %% ../../nbs/18_entanglement.ipynb #a3a2c5e1
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from ..core import SaenbError
-from .base import CorpusSetup, Readings, as_saebench, check_width
+from .base import CorpusSetup, Readings, as_saebench, check_width, corpus_config
 from .separation import drawn
 from ..pairs import correlation
 from ..sae import SAE
@@ -75,8 +74,7 @@ def evaluate(
 
 def config_of(setup: EntanglementSetup) -> dict:
     "A setup with its texts by name."
-    return dict(random_seed=setup.random_seed, dataset_names=[Path(source.path).name for source in (setup.forget, setup.retain)], dataset_size=setup.dataset_size,
-                seq_len=setup.seq_len, tokens_a_row=setup.tokens_a_row)
+    return corpus_config(setup, "tokens_a_row")
 
 # %% ../../nbs/18_entanglement.ipynb #c255b460
 NAMES = dict(cosine="largest cosine", correlation="largest correlation", by_lot="largest correlation by lot")

@@ -9,14 +9,13 @@ __all__ = ['LEAN', 'SeparationSetup', 'Tokens', 'drawn', 'Active', 'in_order', '
 
 # %% ../../nbs/17_separation.ipynb #74817e25
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from ..core import SaenbError
-from .base import CorpusSetup, Readings, as_saebench, check_width
+from .base import CorpusSetup, Readings, as_saebench, check_width, corpus_config
 from ..sae import SAE
 
 # %% ../../nbs/17_separation.ipynb #e344d947
@@ -246,8 +245,7 @@ def evaluate(
 
 def config_of(setup: SeparationSetup) -> dict:
     "A setup with its texts by name."
-    return dict(random_seed=setup.random_seed, dataset_names=[Path(source.path).name for source in (setup.forget, setup.retain)], dataset_size=setup.dataset_size,
-                seq_len=setup.seq_len, tokens_a_row=setup.tokens_a_row, threshold=setup.threshold)
+    return corpus_config(setup, "tokens_a_row", "threshold")
 
 # %% ../../nbs/17_separation.ipynb #bed51c3d
 def headline(result: dict) -> dict[str, tuple[float, float, float]]:
