@@ -143,10 +143,12 @@ class WindowedCorrelation(PairStatistic):
         self.register_buffer("total", torch.zeros(d_sae, d_sae)) # of `products`
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
-    def see(self, values):
+    def see(self, values): self.take(coactivation(values), values.float().mean(0))
+    def take(self, product, mean):
+        "Let a batch's products and means into the window, in the place of the oldest."
         place = self.seen % self.window
         self.total -= self.products[place]
-        self.products[place], self.means[place] = coactivation(values), values.float().mean(0)
+        self.products[place], self.means[place] = product, mean
         self.total += self.products[place]
         self.seen += 1
         filled = self.seen.clamp_max(self.window)
@@ -156,9 +158,9 @@ class WindowedCorrelation(PairStatistic):
 
 class PersistentCorrelation(WindowedCorrelation):
     "Ranked by the mean of the present batch's correlation and the window's; followed by the window's, which is the part that persists."
-    def see(self, values):
-        super().see(values)
-        self.present = correlation(coactivation(values), values.float().mean(0)).abs()
+    def take(self, product, mean):
+        super().take(product, mean)
+        self.present = correlation(product, mean).abs()
     def strength(self): return (self.present + self.lasting) / 2
 
 class MutualInformation(PairStatistic):
