@@ -219,6 +219,7 @@ def test_a_damaged_record_is_named(made, baseline, tmp_path):
 def test_an_unknown_change_is_named(made, out):
     with pytest.raises(SaenbError, match="learning_rate"): made("orthogonality/0", change=dict(learning_rate=1e-3))
     with pytest.raises(SaenbError, match="share"): made("orthogonality/0", change=dict(share=0.01)) # it has no mechanism that takes it
+    assert not list((out/"tiny").glob("*/run_*learning_rate*"))
 
 
 def test_a_mechanisms_settings_can_be_changed(made):
@@ -226,7 +227,6 @@ def test_a_mechanisms_settings_can_be_changed(made):
     assert found.keys() == {"", "share=0.01"} and found["share=0.01"].path.parent.name == "run_1@share=0.01"
     assert [r.config["run"]["mechanisms"][0]["settings"]["share"] for r in found.values()] == [0.001, 0.01] and RUNS["orthogonality/1"].as_dict()["constants"]["share"] == 0.001
     assert weights(found[""]) != weights(found["share=0.01"])
-    assert not list((out/"tiny").glob("*/run_*learning_rate*"))
 
 
 def test_an_interval_over_seeds_is_the_t_interval():
