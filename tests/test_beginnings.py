@@ -23,6 +23,9 @@ def test_names_are_equal_where_beginnings_are(rows):
     assert len(named) == len({tuple(row[:n + 1]) for row in rows for n in range(len(row))})
 
 
+def test_there_may_be_no_rows(): assert beginnings([]) == [] # of a model that knows no question
+
+
 @given(token_rows)
 def test_a_trie_holds_every_sequence_and_asks_for_every_node_once(rows):
     trie = Trie(beginnings([torch.tensor(r) for r in rows]))

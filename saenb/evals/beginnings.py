@@ -15,7 +15,7 @@ import torch
 # %% ../../nbs/10_beginnings.ipynb #996e2982
 def beginnings(rows: list[torch.Tensor]) -> list[np.ndarray]:
     "For each place of each row of tokens a number; equal numbers mean equal rows up to there."
-    lengths = np.array([len(row) for row in rows])
+    lengths = np.array([len(row) for row in rows], int)
     tokens, which = np.full((len(rows), lengths.max(initial=0)), -1), np.zeros(len(rows), np.int64)
     for i, row in enumerate(rows): tokens[i, :len(row)] = row.numpy()
     numbers, met = np.zeros_like(tokens), 0
