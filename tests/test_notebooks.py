@@ -7,8 +7,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from filelock import FileLock
 
 from conftest import ROOT
+from saenb.lab import run
 
 NBS = ROOT/"nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.relative_to(NBS).parts))
@@ -30,12 +32,16 @@ def directives(cell): return dict(re.findall(r"^#\|[ \t]*([\w-]+)(?::[ \t]*(\S+)
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The notebooks in a project of their own, with the records that are committed, so that running them changes nothing here."""
+    """The notebooks in a project of their own, with the records that are committed, so that running them changes nothing here. The baseline, which many show, is made once for all workers."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT/"settings.ini", folder)
     shutil.copytree(NBS, folder/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for name in ("runs", "figures"):
-        if (ROOT/name).exists(): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("sae", "store", "cache", "checkpoint*"))
+        if (ROOT/name).exists(): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("sae", "store", "cache", "checkpoint*", "tiny"))
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)/"baseline"
+    with FileLock(f"{shared}.lock"): run("orthogonality/0", out=shared, progress=False)
+    shutil.copytree(shared/"tiny", folder/"runs"/"tiny")
     return folder
 
 
