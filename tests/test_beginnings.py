@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from saenb.evals.beginnings import SHARING, Trie, beginnings, logits_at_ends, replaced, shares

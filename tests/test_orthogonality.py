@@ -6,7 +6,7 @@ import torch
 
 from saenb.core import SaenbError
 from saenb.pairs import coactivation, correlation, jaccard, mutual_information
-from saenb.runs.orthogonality import RUNS, OrthogonalPairs, charged_cosines, exponential, fixed, proportional, rising
+from saenb.runs.orthogonality import OrthogonalPairs, charged_cosines, exponential, fixed, proportional, rising
 from saenb.runs.table import find_run
 from saenb.sae import make_mechanism
 from saenb.train import TrainConfig, Trainer
