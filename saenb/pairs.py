@@ -56,7 +56,8 @@ def mutual_information(
     found = f.new_zeros(features, features, dtype=torch.float32)
     for start in range(0, features, block): # what lies before `start` is known from the other side
         stop = min(start + block, features)
-        joint = (weights[:, start * grid:stop * grid].T @ weights[:, start * grid:]).float() / n
+        with torch.autocast(f.device.type, enabled=False): # information is a small difference of large sums, which half precision would drown
+            joint = weights[:, start * grid:stop * grid].T @ weights[:, start * grid:] / n
         together = entropy(joint).view(stop - start, grid, features - start, grid).sum((1, 3))
         found[start:stop, start:] = own[start:stop, None] + own[start:] - together
         found[stop:, start:stop] = found[start:stop, stop:].T
@@ -137,6 +138,7 @@ class WindowedCorrelation(PairStatistic):
     "Correlation over the last few batches: what does not last averages out."
     def __init__(self, d_sae, window: int):
         super().__init__(d_sae)
+        if window < 1: raise SaenbError(f"A window of {window} batches holds nothing; give 1 or more.")
         self.window = window
         self.register_buffer("products", torch.zeros(window, d_sae, d_sae, dtype=torch.bfloat16))
         self.register_buffer("means", torch.zeros(window, d_sae))
@@ -152,16 +154,16 @@ class WindowedCorrelation(PairStatistic):
         self.total += self.products[place]
         self.seen += 1
         filled = self.seen.clamp_max(self.window)
-        self.lasting = correlation(self.total / filled, self.means.sum(0) / filled).abs()
-    def strength(self): return self.lasting
-    def weight(self, pairs): return self.lasting[pairs[0], pairs[1]]
+        self.lasting = correlation(self.total / filled, self.means.sum(0) / filled)
+    def strength(self): return self.lasting.abs()
+    def weight(self, pairs): return self.lasting[pairs[0], pairs[1]].abs()
 
 class PersistentCorrelation(WindowedCorrelation):
     "Ranked by the mean of the present batch's correlation and the window's; followed by the window's, which is the part that persists."
     def take(self, product, mean):
         super().take(product, mean)
         self.present = correlation(product, mean).abs()
-    def strength(self): return (self.present + self.lasting) / 2
+    def strength(self): return (self.present + self.lasting.abs()) / 2
 
 class MutualInformation(PairStatistic):
     "Any dependence within the batch at hand, in nats."

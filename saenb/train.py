@@ -117,7 +117,7 @@ class Trainer:
                              "harvest that model's stream or make a dictionary of that width.")
         self.sae, self.store, self.cfg, self.out = sae, store, cfg, Path(out) if out else None
         self.steps, self.index, self.history, self.seconds = cfg.count(), 0, [], 0.0
-        self.mechanisms = nn.ModuleList(mechanisms)
+        self.mechanisms = nn.ModuleList(mechanisms).to(sae.device)
         sae.gates = nn.ModuleList(m for m in mechanisms if m.gate)
         sae.cfg.gates = [dict(name=type(m).__name__, settings=m.settings) for m in sae.gates]
         if self.steps: store.check_batch(cfg.batch, cfg.balanced)
@@ -167,7 +167,7 @@ class Trainer:
     def _with(self, hook): return [m for m in self.mechanisms if getattr(m, hook)]
 
     def products(self, inner: int, outer: int):
-        "The precision of matrix products with a factor of this size."
+        "Within it, matrix products are computed in the precision that suits a factor of this size."
         precision = fast_precision(inner, outer) if self.cfg.precision == "auto" else self.cfg.precision
         return torch.autocast(self.sae.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 

@@ -106,5 +106,10 @@ def test_weights_in_half_precision(world, rows):
     model = boot(world.path/"model", dtype="bfloat16")
     trie = Trie(beginnings(rows))
     found = logits_at_ends(model, trie, torch.stack([rows[s][p] for s, p in zip(trie.sequence, trie.place)]))
-    with torch.no_grad(): wanted = torch.stack([model.original_model(row[None]).logits[0, -1] for row in rows])
+    with torch.no_grad():
+        wanted = torch.stack([model.original_model(row[None]).logits[0, -1] for row in rows])
+        entered = torch.cat([model.original_model(row[None], output_hidden_states=True).hidden_states[2][0] for row in rows])
+    starts = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    stream = entered.float()[starts[trie.sequence] + trie.place] # as dictionaries hand it on
     assert found.dtype == torch.bfloat16 and (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
+    assert (logits_at_ends(model, trie, stream, 2) - wanted).abs().mean() < 0.02 * wanted.abs().mean()

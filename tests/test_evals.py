@@ -63,6 +63,13 @@ def test_a_dictionary_of_another_width(setting):
         with pytest.raises(SaenbError, match="width 64 and the model's is 192"): judge(sae, setting, names=[name])
 
 
+@pytest.mark.parametrize("name", EVALS)
+def test_a_dictionary_that_is_not_finite(setting, fresh, name):
+    sae = fresh(d_sae=8)
+    sae.b_enc.data[3] = torch.inf
+    with pytest.raises(SaenbError, match=r"weights are not finite \(b_enc\)"): judge(sae, setting, names=[name])
+
+
 def test_an_unknown_evaluation(fresh, setting):
     with pytest.raises(SaenbError, match="did you mean separation"): judge(fresh(), setting, names=["separaton"])
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings, strategies as st
 from saenb.core import SaenbError
 from saenb.evals.base import corpus_rows, reference_rows
 from saenb.evals.controls import as_logged, principal_components, random_features, supervised_ceiling, told_sides, untrained
-from saenb.evals.unlearning import (ORDERS, REFERENCE, Clamps, Grid, bootstrap, choose_features, clamp_value, evaluate, judge, letter_tokens,
+from saenb.evals.unlearning import (ORDERS, REFERENCE, Clamps, Exam, Grid, bootstrap, choose_features, clamp_value, evaluate, judge, letter_tokens,
                                     plain_answers, question_prompt, selectivity, settings_of, trade_off, usage)
 from saenb.sae import SAE, SAEConfig
+from saenb.sources import boot
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,15 @@ def test_what_is_computed_once_is_the_same(exam, trained):
                 assert ((names[a] == names[b]) == same.numpy()).all()
                 shared, apart = shared + int(same.sum()), apart + int((~same).sum())
     assert shared > 0 and apart > 0
+
+
+def test_a_model_in_half_precision(exam, trained, world):
+    """The fast path and the long one agree there too, but for questions that rounding decides."""
+    half = Exam(boot(world.path/"model", dtype="bfloat16"), replace(exam.setup, lowest_retain=0.0), exam.layer)
+    features = choose_features(usage(half, trained), 0.01)[:10]
+    outcome, = Clamps(half, trained, [(features, torch.full((len(features),), 8.0))]).run()
+    plain = plain_answers(half, trained, features, 8.0)
+    assert (outcome.right == plain).float().mean() > 0.97 and plain.float().mean() < 0.99
 
 
 def test_nothing_happens_where_nothing_fires(exam, trained):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from ..core import SaenbError
-from .base import Readings, as_saebench, check_width
+from .base import Readings, as_saebench, check_dictionary
 from ..harvest import stream_at
 from ..sae import SAE
 from ..sources import open_dataset
@@ -367,7 +367,7 @@ def evaluate(
     readings: Readings | None = None, # what was read before
 ) -> dict:
     "What a dictionary's features swallow, in SAEBench's shape."
-    check_width(model, sae)
+    check_dictionary(model, sae)
     readings = readings or Readings(model, sae.cfg.hook_layer)
     found = judge(sae, words_of(readings, setup), probes_of(readings, setup), setup)
     details = []

@@ -148,7 +148,7 @@ def logits_at_ends(
     first: int = 0, # the block that the stream enters
 ) -> torch.Tensor:
     "What the model makes of each sequence's last place, [sequences, vocabulary]."
-    inputs = inputs.to(model.cfg.device)
+    inputs = inputs.to(model.cfg.device, model.original_model.dtype if inputs.is_floating_point() else None)
     with tiny_is_zero():
         logits = _along_paths(model, trie, inputs, first) if shares(model) else _padded(model, trie, inputs, first)
     return logits[trie.leaf]

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..core import SaenbError
-from .base import CorpusSetup, Readings, as_saebench, check_width, encoded, ratio_interval
+from .base import CorpusSetup, Readings, as_saebench, check_dictionary, encoded, ratio_interval
 from .beginnings import only_above, tiny_is_zero
 from ..sae import SAE
 
@@ -232,7 +232,7 @@ def evaluate(
     readings: Readings | None = None, # what the layer made of texts before, for other dictionaries and evaluations
 ) -> dict:
     "Sparsity, reconstruction and what the model keeps, in SAEBench's shape."
-    check_width(model, sae)
+    check_dictionary(model, sae)
     if setup.reconstruction_rows < 1:
         raise SaenbError(f"The core evaluation was given {setup.reconstruction_rows} reconstruction_rows, so the model would never go on from a reconstruction; give 1 or more.")
     readings = readings or Readings(model, sae.cfg.hook_layer)

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..core import SaenbError
-from .base import CorpusSetup, Readings, as_saebench, check_width, corpus_config
+from .base import CorpusSetup, Readings, as_saebench, check_dictionary, corpus_config
 from .separation import drawn
 from ..pairs import correlation
 from ..sae import SAE
@@ -60,7 +60,7 @@ def evaluate(
     readings: Readings | None = None, # what the layer made of texts before, for other dictionaries and evaluations
 ) -> dict:
     "How much features overlap, in SAEBench's shape."
-    check_width(model, sae)
+    check_dictionary(model, sae)
     if setup.tokens_a_row < 1: raise SaenbError(f"The entanglement evaluation was given {setup.tokens_a_row} tokens_a_row, so there is nothing to look at; give 1 or more.")
     tokens = drawn(readings or Readings(model, sae.cfg.hook_layer), setup)
     found, density = correlations(sae, tokens.stream, tokens.position)

@@ -23,7 +23,7 @@ from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 
 from ..core import SaenbError
-from .base import CorpusSetup, Readings, as_saebench, check_width, encoded
+from .base import CorpusSetup, Readings, as_saebench, check_dictionary, encoded
 from ..sae import SAE
 from ..sources import TextSource, open_dataset
 
@@ -324,7 +324,7 @@ def evaluate(
     readings: Readings | None = None, # texts read already, where other dictionaries of this layer were judged
 ) -> dict:
     "What a dictionary's features know of position and order, in SAEBench's shape."
-    check_width(model, sae)
+    check_dictionary(model, sae)
     check_setup(setup)
     readings = readings or Readings(model, sae.cfg.hook_layer)
     seen = tally(sae, setup, readings)

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..core import SaenbError
-from .base import CorpusSetup, Readings, as_saebench, check_width, corpus_config
+from .base import CorpusSetup, Readings, as_saebench, check_dictionary, corpus_config
 from ..sae import SAE
 
 # %% ../../nbs/17_separation.ipynb #e344d947
@@ -218,7 +218,7 @@ def evaluate(
     readings: Readings | None = None, # what the layer made of texts before, for other dictionaries and evaluations
 ) -> dict:
     "How well single features tell the two corpora apart, in SAEBench's shape."
-    check_width(model, sae)
+    check_dictionary(model, sae)
     if setup.tokens_a_row < 1: raise SaenbError(f"The separation evaluation was given {setup.tokens_a_row} tokens_a_row, so there is nothing to compare; give 1 or more.")
     tokens = drawn(readings or Readings(model, sae.cfg.hook_layer), setup)
     forget = tokens.forget

@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from ..core import SaenbError, pick
-from .base import Readings, as_saebench, check_width, encoded
+from .base import Readings, as_saebench, check_dictionary, encoded
 from ..harvest import is_text
 from ..sae import SAE
 from ..sources import open_dataset
@@ -307,7 +307,7 @@ def evaluate(
     readings: Readings | None = None, # what the model makes of texts, where it is at hand
 ) -> dict:
     "How well few features tell classes of texts apart, in SAEBench's shape."
-    check_width(model, sae)
+    check_dictionary(model, sae)
     check_setup(setup)
     readings = readings or Readings(model, sae.cfg.hook_layer)
     found, features = {}, {}

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from ..core import SaenbError, fingerprint, read_json, write_json
-from .base import CorpusSetup, Readings, as_saebench, check_width, encoded
+from .base import CorpusSetup, Readings, as_saebench, check_dictionary, encoded
 from .beginnings import Trie, beginnings, logits_at_ends, tiny_is_zero
 from ..harvest import stream_at
 from ..sae import SAE
@@ -191,7 +191,7 @@ def usage(exam: Exam, sae) -> Usage:
     for side in ("forget", "retain"):
         count, total, tokens = torch.zeros(sae.cfg.d_sae), torch.zeros(sae.cfg.d_sae), 0
         for stream, keep in exam.corpus(side):
-            f = encoded(sae, stream)[keep]
+            f = encoded(sae, stream).cpu()[keep]
             count += (f > 0).float().sum(0)
             total += f.sum(0)
             tokens += len(f)
@@ -219,7 +219,7 @@ def clamped(sae, stream: torch.Tensor, features, value) -> torch.Tensor:
 def plain_answers(exam: Exam, sae, features, value) -> torch.Tensor:
     "Which known questions are still answered right under one setting, computed the long way."
     right = torch.zeros(len(exam.tokens), dtype=torch.bool)
-    hook = (f"blocks.{exam.layer}.hook_out", lambda stream, hook: clamped(sae, stream, list(features), value))
+    hook = (f"blocks.{exam.layer}.hook_out", lambda stream, hook: clamped(sae, stream, list(features), value).to(stream.dtype))
     for group in exam.batches(exam.tokens):
         with exam.model.hooks(fwd_hooks=[hook]): answers = read_letters(exam.model, [exam.tokens[i] for i in group], exam.letters)
         right[group] = answers == exam.answer[group]
@@ -247,7 +247,7 @@ class Clamps:
         for i, (chosen, values) in enumerate(interventions):
             columns = [features.index(int(f)) for f in chosen]
             self.chosen[i, columns], self.values[i, columns] = True, values
-        self.rows = sae.W_dec[features].detach()
+        self.rows = sae.W_dec[features].detach().cpu()
         self.active = self._activations(sae, features)
 
     @torch.no_grad()
@@ -256,7 +256,7 @@ class Clamps:
         exam, kept = self.exam, [torch.zeros(0, len(features))]
         for group in exam.batches(exam.tokens):
             stream = padded([exam.stream[exam.starts[i]:exam.starts[i] + len(exam.tokens[i])] for i in group])
-            f = encoded(sae, stream)[..., features]
+            f = encoded(sae, stream)[..., features].cpu()
             f[:, 0] = 0
             kept += [row[:len(exam.tokens[i])] for i, row in zip(group, f)]
         return torch.cat(kept)
@@ -385,7 +385,7 @@ def evaluate(
     exam: Exam | None = None, # the exam on that model and setup, where one is at hand from another dictionary
 ) -> dict:
     "How well a dictionary lets a model unlearn, in SAEBench's shape."
-    check_width(model, sae)
+    check_dictionary(model, sae)
     exam = exam or Exam(model, setup, sae.cfg.hook_layer)
     if not exam.forgets.any() or exam.forgets.all():
         empty = [k for k, v in exam.known.items() if not v]

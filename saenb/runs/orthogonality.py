@@ -22,7 +22,7 @@ class _AllCosines(torch.autograd.Function):
         cosines = charged[pairs[0], pairs[1]].float()
         charged.zero_()
         both = torch.cat([pairs, pairs.flip(0)], 1)
-        charged.index_put_((both[0], both[1]), (tau * cosines).to(charged.dtype).repeat(2), accumulate=True)
+        charged.index_put_((both[0], both[1]), (tau * cosines).to(charged.dtype).repeat(2))
         ctx.save_for_backward(2 * (charged @ rows).float())
         return (tau * cosines**2).sum()
 
@@ -37,7 +37,8 @@ def charged_cosines(
     "The mean over pairs of tau times the squared cosine of their rows."
     number = (tau > 0).sum().clamp_min(1)
     if pairs.shape[1] > len(rows)**2 / 256: return _AllCosines.apply(rows, pairs, tau) / number
-    return (tau * (rows[pairs[0]] * rows[pairs[1]]).sum(1)**2).sum() / number
+    one, two = (rows.index_select(0, side) for side in pairs) # its gradient is added up in the same order every time
+    return (tau * (one * two).sum(1)**2).sum() / number
 
 # %% ../../nbs/06_orthogonality.ipynb #1c2d6a48
 def fixed(weight, tau):
@@ -73,6 +74,7 @@ class OrthogonalPairs(Mechanism):
     ):
         given = dict(by=by, tau=tau, share=share, count=count, rule=rule, refresh=refresh, every=every)
         super().__init__(d_in, d_sae, **{k: v for k, v in given.items() if v is not None}, **settings)
+        if refresh < 1 or every < 1 or tau <= 0: raise SaenbError(f"Pairs cannot be charged {tau} every {every} steps and chosen every {refresh}; steps have to be at least 1 and the charge above 0.")
         self.refresh, self.every = refresh, every
         self.rule = pick(rule, RULES, "rule for tau")
         self.extra = dict(tau=tau) | {k: settings.pop(k) for k in ("tau_max", "rate") if k in settings}
