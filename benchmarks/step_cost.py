@@ -5,17 +5,15 @@
 measures every run of an experiment at the logs' widths (2,304 on 2,304, batches of 2,048) over as many steps as its slowest part takes to come round."""
 import argparse
 import sys
-import time
 
 import torch
 
+from saenb.analyses import step_cost
 from saenb.core import SaenbError, pick
 from saenb.evals.base import as_text
 from saenb.harvest import Batch
 from saenb.runs.base import EXPERIMENTS
 from saenb.runs.table import RUNS
-from saenb.sae import SAE, SAEConfig, make_mechanism
-from saenb.train import TrainConfig, Trainer
 
 
 class Stream:
@@ -30,41 +28,16 @@ class Stream:
                            torch.arange(batch) // 128) for _ in range(4)]
 
     def check_batch(self, size, balanced): pass
-
-
-def trainer_of(run, stream, d_sae: int, batch: int) -> Trainer:
-    "A trainer that is ready to take steps."
-    sae = SAE(SAEConfig(d_in=stream.d_in, d_sae=d_sae)).initialise(stream.kept[0].x, 0)
-    mechanisms = [make_mechanism(name, settings, sae.cfg) for name, settings in run.mechanisms]
-    return Trainer(sae, stream, mechanisms, TrainConfig(steps=10**6, batch=batch, **run.training))
-
-
-def seconds(trainer: Trainer, steps: int) -> float:
-    "Mean seconds a step."
-    began = time.perf_counter()
-    for i in range(steps): trainer.one_step(trainer.store.kept[i % len(trainer.store.kept)])
-    trainer._pending = []
-    return (time.perf_counter() - began) / steps
-
-
-def period(run) -> int:
-    "Steps after which everything that a run does now and then has come round."
-    return max((max(settings.get(k, 1) for k in ("refresh", "every")) for _, settings in run.mechanisms), default=1)
+    def batches(self, size, seed): return iter(self.kept)
 
 
 def main(args):
     if args.threads: torch.set_num_threads(args.threads)
     pick(args.experiment, EXPERIMENTS, "experiment")
-    stream = Stream(args.d_in, args.batch)
-    baseline = trainer_of(RUNS[f"{args.experiment}/0"], stream, args.d_sae, args.batch)
-    seconds(baseline, 2) # memory is had and threads are up
-    rows = []
+    stream, rows = Stream(args.d_in, args.batch), []
     for run in (r for r in RUNS.values() if r.experiment == args.experiment):
-        trainer = trainer_of(run, stream, args.d_sae, args.batch)
-        steps = -(-args.steps // period(run)) * period(run)
-        seconds(trainer, 2 * min(period(run), 2))
-        before, took, after = seconds(baseline, args.steps), seconds(trainer, steps), seconds(baseline, args.steps)
-        rows.append({"run": run.id, "title": run.title, "seconds a step": took, "the baseline's": (before + after) / 2, "ratio": 2 * took / (before + after)})
+        ratios = step_cost([run], stream, args.d_sae, args.batch, args.steps, args.repeats)[run.id]
+        rows.append({"run": run.id, "title": run.title, "times the baseline's": sum(ratios) / len(ratios), "least": min(ratios), "most": max(ratios)})
         print(as_text(rows[-1:]), flush=True)
     print(f"\n{args.d_in} wide, {args.d_sae} features, batches of {args.batch}, {torch.get_num_threads()} threads\n{as_text(rows)}")
 
@@ -76,6 +49,7 @@ if __name__ == "__main__":
     parser.add_argument("--d-sae", type=int, default=2304)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=10, help="steps to measure at least")
+    parser.add_argument("--repeats", type=int, default=1, help="measurements of each run")
     parser.add_argument("--threads", type=int, default=0, help="threads to compute with; 0 leaves it to torch")
     try: main(parser.parse_args())
     except SaenbError as e: sys.exit(f"step_cost: {e}")

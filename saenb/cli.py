@@ -93,7 +93,7 @@ def compare_command(args):
 
 def figures_command(args):
     "Redraw figures from records."
-    from saenb.plots import draw_figures
+    from saenb.figures import draw_figures
     drawn = [str(p) for p in draw_figures(Path(args.out)/Path(args.preset).name, args.figures)]
     if args.json: return drawn
     print(*drawn, sep="\n")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from saenb.compare import as_table, compare, records_under, write_comparison
+from saenb.compare import as_markdown, as_table, compare, differences, records_under, write_comparison
 from saenb.core import SaenbError, write_json
 
 SCORES = {"orthogonality/0": [0.10, 0.20, 0.12], "orthogonality/1": [0.31, 0.38, 0.35], "orthogonality/2": [0.05, 0.30, 0.11]}
@@ -60,6 +60,22 @@ def test_text_csv_and_picture(root, tmp_path):
     read = list(csv.DictReader(table.open()))
     assert len(read) == len(rows) == 6 and float(read[0]["value"]) == pytest.approx(rows[0]["value"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_a_report(root):
+    """A line a run; bold is what differs; columns from elsewhere get intervals of their own."""
+    rows = compare(records_under([root]))
+    lines = as_markdown(rows, ["score"], dict(cost={"orthogonality/1": [1.1, 1.2, 1.3]})).splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["run", "score", "cost"] and [c[0] for c in cells[2:]] == [f"Run {i}<br>orthogonality/{i}" for i in range(3)]
+    assert cells[3][1].startswith("**0.347**<br>") and cells[2][1].startswith("0.140<br>") and "**" not in cells[4][1]
+    assert cells[3][2] == "1.20<br>0.95 to 1.45" and cells[4][2] == ""
+
+
+def test_differences_are_listed_with_what_luck_would_give(root):
+    lines = differences(compare(records_under([root])), ["score", "selectivity"]).splitlines()
+    assert [line.split(":")[0] for line in lines[:-2]] == ["- Run 1 (orthogonality/1)"] * 2 and "score +0.207 (" in lines[0]
+    assert lines[-1].startswith("2 of 4 differences leave out zero; at 95 %, 0.2 ")
 
 
 def test_what_cannot_be_compared(root, tmp_path, saenb, one_sentence):

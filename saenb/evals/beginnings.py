@@ -117,6 +117,11 @@ def only_at(model, places: torch.Tensor):
     parts = [getattr(owner, name, None) for owner, name in ((last, "mlp"), (getattr(last, "attn", None), "q"), (getattr(last, "attn", None), "o"))]
     with replaced({part: at_places(part.forward) for part in parts if part is not None}): yield
 
+def _stream(out):
+    "A block's output, which some versions wrap."
+    return out[0] if isinstance(out, tuple) else out
+
+# %% ../../nbs/10_beginnings.ipynb #c1d66850
 @contextmanager
 def attending(model):
     "Let the model's blocks use `attend`."
@@ -128,6 +133,7 @@ def attending(model):
         with replaced({block.attn: block.attn.original_component.forward for block in model.blocks}): yield
     finally: config._attn_implementation = kept
 
+# %% ../../nbs/10_beginnings.ipynb #84af8a49
 @contextmanager
 def tiny_is_zero():
     "Count numbers too small for full precision as zero: a clamped stream makes many, and processors are slow with them."
@@ -152,10 +158,6 @@ def logits_at_ends(
     with tiny_is_zero():
         logits = _along_paths(model, trie, inputs, first) if shares(model) else _padded(model, trie, inputs, first)
     return logits[trie.leaf]
-
-def _stream(out):
-    "A block's output, which some versions wrap."
-    return out[0] if isinstance(out, tuple) else out
 
 def _along_paths(model, trie, x, first):
     "Logits of each leaf, every node computed once."

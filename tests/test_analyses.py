@@ -1,0 +1,95 @@
+"""What several dictionaries or trainings say together: costs, matchings, pairs that seeds agree on; and how the lab keeps them."""
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from saenb.analyses import chosen_pairs, matching, pairs_between_seeds, step_cost
+from saenb.lab import analyse, run
+from saenb.pairs import coactivation, jaccard, pair_count, strongest
+from saenb.runs.base import Run
+from saenb.runs.table import find_run
+from saenb.sae import MECHANISMS, SAE, SAEConfig
+from saenb.train import Mechanism
+
+
+def reordered(sae, order):
+    other = SAE(sae.cfg)
+    other.load_state_dict(sae.state_dict())
+    for name in ("W_dec", "b_enc"): getattr(other, name).data.copy_(getattr(sae, name)[order])
+    other.W_enc.data.copy_(sae.W_enc[:, order])
+    return other
+
+
+@given(st.permutations(range(12)), st.integers(0, 50))
+@settings(max_examples=20, deadline=None)
+def test_the_same_features_in_another_order_are_found(order, seed):
+    sae = SAE(SAEConfig(d_in=8, d_sae=12)).initialise(torch.randn(300, 8, generator=torch.Generator().manual_seed(seed)), seed)
+    names, cosine = matching(reordered(sae, torch.tensor(order)), sae)
+    assert names.tolist() == list(order) and cosine == pytest.approx(1, abs=1e-5)
+
+
+def test_strangers_match_badly():
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    names, cosine = matching(*(SAE(SAEConfig(d_in=64, d_sae=30)).initialise(x, seed) for seed in (0, 1)))
+    assert sorted(names.tolist()) == list(range(30)) and cosine < 0.5
+
+
+def test_pairs_are_those_that_the_mechanism_chooses(store, fresh):
+    """For run 1, the strongest co-activations of the last batch; the dictionary is left as it was."""
+    sae, definition = fresh(d_sae=128), find_run("orthogonality/1")
+    before = sae.fingerprint()
+    found = chosen_pairs(sae, definition, store, steps=3)
+    batches = store.batches(2048, 0)
+    last = [next(batches) for _ in range(3)][-1]
+    wanted = strongest(coactivation(sae.encode(last.x.float()).detach()), pair_count(128, share=0.001))
+    assert jaccard(found, wanted, 128) == 1
+    other = SAE(sae.cfg)
+    other.load_state_dict(sae.state_dict())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(sae.state_dict().values(), fresh(d_sae=128).state_dict().values())) and sae.cfg.initial == before
+
+
+class Slow(Mechanism):
+    def after_step(self, step): time.sleep(self.settings["seconds"] if step.index % self.settings.get("every", 1) == 0 else 0)
+
+
+def test_a_slow_run_costs_more_and_the_baseline_costs_itself(store):
+    runs = [find_run("orthogonality/0"), Run("orthogonality/slow", "", "", (("Slow", dict(seconds=0.2)),)), Run("orthogonality/sometimes", "", "", (("Slow", dict(seconds=0.2, every=5)),))]
+    found = step_cost(runs, store, d_sae=64, batch=256, steps=5, repeats=2)
+    assert [len(v) for v in found.values()] == [2, 2, 2]
+    plain, slow, sometimes = (sum(v) for v in found.values())
+    assert slow > 2 * plain and plain < sometimes < slow
+    MECHANISMS.pop("Slow")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Two seeds of a run, briefly trained."""
+    out = tmp_path_factory.mktemp("runs")
+    return out, [run("orthogonality/1", "tiny", seed, out, steps=20, progress=False) for seed in (0, 1)]
+
+
+def test_seeds_agree_as_far_as_features_match(records):
+    from saenb.lab import store_of
+    from saenb.presets import preset
+    out, made = records
+    store = store_of(preset("tiny"), out)
+    found = pairs_between_seeds(made, store)
+    assert list(found) == ["orthogonality/1"] and {k: len(v) for k, v in found["orthogonality/1"].items()} == dict(agreement=1, cosine=1, by_lot=1)
+    same = pairs_between_seeds([made[0], made[0]], store)["orthogonality/1"] # a seed and itself
+    assert same["agreement"] == [1.0] and same["cosine"][0] == pytest.approx(1, abs=1e-4)
+    assert found["orthogonality/1"]["agreement"][0] < 1 and same["by_lot"][0] == pytest.approx(0.001 / 1.999, rel=0.01)
+
+
+def test_the_lab_keeps_analyses_and_makes_what_is_missing(records):
+    out, made = records
+    found = analyse("orthogonality", "tiny", out)
+    folder = out/"tiny"/"orthogonality"
+    assert {k: set(v) for k, v in found.items()} == dict(step_cost={"orthogonality/1"}, pairs_between_seeds={"orthogonality/1"})
+    kept = {p.name: p.read_bytes() for p in folder.glob("*.json")}
+    assert set(kept) == {"step_cost.json", "pairs_between_seeds.json"}
+    assert analyse("orthogonality", "tiny", out) == found and {p.name: p.read_bytes() for p in folder.glob("*.json")} == kept
+    run("orthogonality/1", "tiny", 2, out, steps=20, progress=False) # a third seed makes three couples
+    again = analyse("orthogonality", "tiny", out)
+    assert len(again["pairs_between_seeds"]["orthogonality/1"]["agreement"]) == 3 and again["step_cost"] == found["step_cost"]
