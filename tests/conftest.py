@@ -60,6 +60,29 @@ def trained(store, fresh):
 
 
 @pytest.fixture
+def ends_the_same(store, tmp_path):
+    """Check that a dictionary and its mechanisms, stopped between two checkpoints and resumed, end with the bytes of an unbroken training."""
+    from saenb.train import TrainConfig, Trainer
+
+    class Stop(Exception): pass
+
+    def check(parts):
+        def trainer(name):
+            sae, mechanisms = parts()
+            return Trainer(sae, store, mechanisms, TrainConfig(steps=24, warmup=5, checkpoint_every=5, log_every=4, batch=512), tmp_path/name)
+        whole, broken = trainer("whole").fit(progress=False), trainer("broken")
+        step = broken.one_step
+        def one_step(batch):
+            if broken.index == 13: raise Stop
+            step(batch)
+        broken.one_step = one_step
+        with pytest.raises(Stop): broken.fit(progress=False)
+        assert trainer("broken").fit(progress=False).fingerprint() == whole.fingerprint()
+        assert (tmp_path/"broken"/"train_log.jsonl").read_bytes() == (tmp_path/"whole"/"train_log.jsonl").read_bytes()
+    return check
+
+
+@pytest.fixture
 def saenb(tmp_path):
     """Call the command line in a process of its own; returns what it printed and its exit code."""
     def call(*arguments, cwd=tmp_path, env=None):

@@ -197,24 +197,11 @@ def test_a_larger_weight_pulls_harder(train, unseen):
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_stopped_and_resumed_it_ends_with_the_same_bytes(number, store, fresh, tmp_path):
-    length = TrainConfig(steps=24, warmup=5, checkpoint_every=5, log_every=4, batch=512)
-
-    class Stop(Exception): pass
-
-    def trainer(out):
+def test_stopped_and_resumed_it_ends_with_the_same_bytes(number, fresh, ends_the_same):
+    def parts():
         sae = fresh(d_sae=64)
-        return Trainer(sae, store, [make_mechanism(name, settings | (dict(every=7) if "every" in settings else {}), sae.cfg) for name, settings in mechanisms_of(number)], length, out)
-    whole = trainer(tmp_path/"whole").fit(progress=False)
-    broken = trainer(tmp_path/"broken")
-    step = broken.one_step
-    def one_step(batch):
-        if broken.index == 13: raise Stop
-        step(batch)
-    broken.one_step = one_step
-    with pytest.raises(Stop): broken.fit(progress=False)
-    assert trainer(tmp_path/"broken").fit(progress=False).fingerprint() == whole.fingerprint()
-    assert (tmp_path/"broken"/"train_log.jsonl").read_bytes() == (tmp_path/"whole"/"train_log.jsonl").read_bytes()
+        return sae, [make_mechanism(name, settings | (dict(every=7) if "every" in settings else {}), sae.cfg) for name, settings in mechanisms_of(number)]
+    ends_the_same(parts)
 
 
 def test_where_nothing_correlates_nothing_is_charged(store, fresh):

@@ -181,24 +181,11 @@ def test_run_10_charges_dependence(train, store):
 
 
 @pytest.mark.parametrize("number", [1, 7, 9, 10])
-def test_stopped_and_resumed_it_ends_with_the_same_bytes(number, store, fresh, tmp_path):
-    length = TrainConfig(steps=24, warmup=5, checkpoint_every=5, log_every=4, batch=512)
-
-    class Stop(Exception): pass
-
-    def trainer(out):
+def test_stopped_and_resumed_it_ends_with_the_same_bytes(number, fresh, ends_the_same):
+    def parts():
         sae = fresh(d_sae=64)
-        return Trainer(sae, store, [make_mechanism("OrthogonalPairs", settings_of(number, refresh=min(3, settings_of(number).get("refresh", 1))), sae.cfg)], length, out)
-    whole = trainer(tmp_path/"whole").fit(progress=False)
-    broken = trainer(tmp_path/"broken")
-    step = broken.one_step
-    def one_step(batch):
-        if broken.index == 13: raise Stop
-        step(batch)
-    broken.one_step = one_step
-    with pytest.raises(Stop): broken.fit(progress=False)
-    assert trainer(tmp_path/"broken").fit(progress=False).fingerprint() == whole.fingerprint()
-    assert (tmp_path/"broken"/"train_log.jsonl").read_bytes() == (tmp_path/"whole"/"train_log.jsonl").read_bytes()
+        return sae, [make_mechanism("OrthogonalPairs", settings_of(number, refresh=min(3, settings_of(number).get("refresh", 1))), sae.cfg)]
+    ends_the_same(parts)
 
 
 def test_charging_less_often_weighs_as_much(store, fresh):

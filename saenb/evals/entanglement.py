@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..core import SaenbError
 from .base import CorpusSetup, Readings, as_saebench, check_dictionary, corpus_config
 from .separation import drawn
 from ..pairs import correlation
@@ -61,7 +60,6 @@ def evaluate(
 ) -> dict:
     "How much features overlap, in SAEBench's shape."
     check_dictionary(model, sae)
-    if setup.tokens_a_row < 1: raise SaenbError(f"The entanglement evaluation was given {setup.tokens_a_row} tokens_a_row, so there is nothing to look at; give 1 or more.")
     tokens = drawn(readings or Readings(model, sae.cfg.hook_layer), setup)
     found, density = correlations(sae, tokens.stream, tokens.position)
     lot, _ = correlations(sae, tokens.stream, tokens.position, by_lot=setup.random_seed)

@@ -34,7 +34,8 @@ class Tokens:
     forget: torch.Tensor # [rows] true where a row is from the forget corpus
 
 def drawn(readings: Readings, setup: SeparationSetup) -> Tokens:
-    "The tokens to compare; they are the same for all dictionaries."
+    "The tokens to look at; they are the same for all dictionaries."
+    if setup.tokens_a_row < 1: raise SaenbError(f"The setup asks for {setup.tokens_a_row} tokens_a_row, so there is nothing to look at; give 1 or more.")
     def make():
         draw, parts, rows = torch.Generator().manual_seed(setup.random_seed), [], dict(forget=0, retain=0)
         for side in rows:
@@ -219,7 +220,6 @@ def evaluate(
 ) -> dict:
     "How well single features tell the two corpora apart, in SAEBench's shape."
     check_dictionary(model, sae)
-    if setup.tokens_a_row < 1: raise SaenbError(f"The separation evaluation was given {setup.tokens_a_row} tokens_a_row, so there is nothing to compare; give 1 or more.")
     tokens = drawn(readings or Readings(model, sae.cfg.hook_layer), setup)
     forget = tokens.forget
     for side, rows in dict(forget=forget, retain=~forget).items():
