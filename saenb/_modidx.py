@@ -402,6 +402,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'saenb.figures.feature_thresholds': ('figures.html#feature_thresholds', 'saenb/figures.py'),
                                'saenb.figures.fixed_or_adaptive': ('figures.html#fixed_or_adaptive', 'saenb/figures.py'),
                                'saenb.figures.losses': ('figures.html#losses', 'saenb/figures.py'),
+                               'saenb.figures.named': ('figures.html#named', 'saenb/figures.py'),
                                'saenb.figures.pair_stability': ('figures.html#pair_stability', 'saenb/figures.py'),
                                'saenb.figures.scores': ('figures.html#scores', 'saenb/figures.py'),
                                'saenb.figures.share_of_pairs': ('figures.html#share_of_pairs', 'saenb/figures.py'),
