@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import re
 import shutil
@@ -86,10 +87,46 @@ def test_the_package_is_what_the_notebooks_export(tmp_path):
     assert not [name for name in before if before[name] != after[name]], "run nbdev_export and commit the result"
 
 
+def run_notebook(project, path, said):
+    """Run a notebook as nbdev_test does, and write what went wrong."""
+    from nbdev.test import test_nb
+    with open(said, "w") as sys.stderr: passed, _ = test_nb(Path(path), basepath=project)
+    sys.exit(not passed)
+
+
+@pytest.fixture(scope="session")
+def ready():
+    """Processes that have imported what notebooks import, and have done nothing else."""
+    os.environ["MPLBACKEND"] = "agg"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["saenb.figures", "saenb.lab", "nbdev.test", "matplotlib.pyplot"])
+    return context
+
+
+@pytest.fixture
+def execute(ready, tmp_path):
+    """Run a notebook of a project; gives the exit code and what was said."""
+    def run(project, path):
+        process = ready.Process(target=run_notebook, args=(project, path, tmp_path/"said.txt"))
+        process.start()
+        process.join()
+        return process.exitcode, (tmp_path/"said.txt").read_text()[-3000:]
+    return run
+
+
 @each
-def test_a_notebook_runs_from_top_to_bottom(copy, path):
-    done = tool("nbdev_test", "--path", path.relative_to(ROOT), "--n_workers", 0, cwd=copy)
-    assert done.returncode == 0 and "Success." in done.stdout, done.stderr[-3000:]
+def test_a_notebook_runs_from_top_to_bottom(copy, execute, path):
+    code, said = execute(copy, copy/path.relative_to(ROOT))
+    assert code == 0, said
+
+
+def test_a_notebook_that_fails_is_found(execute, tmp_path):
+    from nbformat.v4 import new_code_cell, new_notebook
+    cells = [new_code_cell("#| eval: false\n1 / 0"), new_code_cell("import os; here = os.getcwd()"), new_code_cell("assert here == 'elsewhere', here")]
+    for name, kept in (("right", cells[:2]), ("wrong", cells)): nbformat.write(new_notebook(cells=kept), tmp_path/f"{name}.ipynb")
+    assert execute(tmp_path, tmp_path/"right.ipynb")[0] == 0
+    code, said = execute(tmp_path, tmp_path/"wrong.ipynb")
+    assert code == 1 and f"AssertionError: {tmp_path}" in said
 
 
 def test_the_readme_is_the_index():
