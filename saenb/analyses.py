@@ -77,9 +77,9 @@ def chosen_pairs(sae: SAE, run: Run, store: Store, steps: int = 40) -> torch.Ten
     return chosen.pairs[:, chosen.tau > 0]
 
 def pairs_between_seeds(records: list[Record], store: Store) -> dict[str, dict]:
-    "For each run that chooses pairs, how far every two of its seeds agree, and what is to be expected by lot."
+    "For each run, all of which choose pairs, how far every two of its seeds agree, and what is to be expected by lot."
     found = {}
-    for id in dict.fromkeys(r.run for r in records if any(m["name"] == "OrthogonalPairs" for m in r.config["run"]["mechanisms"])):
+    for id in dict.fromkeys(r.run for r in records):
         seeds = [(sae := r.sae, chosen_pairs(sae, find_run(id), store)) for r in records if r.run == id]
         found[id] = dict(agreement=[], cosine=[], by_lot=[])
         for (a, pairs), (b, others) in itertools.combinations(seeds, 2):

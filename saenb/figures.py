@@ -58,15 +58,16 @@ def named(ax, names):
     ax.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=7)
 
 def side_by_side(groups: dict[str, list[Record]], measures: list[str], title: str = "", xlabel: str = "") -> Figure:
-    "Some measures of some groups of records."
+    "Some measures of some groups of records; one that a record lacks is left out."
+    measures = [m for m in measures if all(numbers(r).get(m) is not None for records in groups.values() for r in records)]
     fig = Figure(figsize=(0.8 + max(1.9, 0.5 * len(groups)) * len(measures), 3.2), layout="constrained")
     for ax, measure in zip(np.atleast_1d(fig.subplots(1, len(measures))), measures):
-        values = {name: {r.seed: numbers(r).get(measure) for r in records} for name, records in groups.items()}
+        values = {name: {r.seed: numbers(r)[measure] for r in records} for name, records in groups.items()}
         for seed in sorted({s for v in values.values() for s in v}):
-            known = [(i, v[seed]) for i, v in enumerate(values.values()) if v.get(seed) is not None]
+            known = [(i, v[seed]) for i, v in enumerate(values.values()) if seed in v]
             ax.plot(*zip(*known), "o-", ms=3, lw=0.5, color="tab:blue", alpha=0.7)
         for i, v in enumerate(values.values()):
-            mean, low, high = over_seeds([x for x in v.values() if x is not None])
+            mean, low, high = over_seeds(list(v.values()))
             ax.plot(i, mean, "_", ms=14, color="black")
             if np.isfinite(low): ax.plot([i, i], [low, high], color="black", lw=0.8)
         named(ax, groups)
@@ -91,7 +92,10 @@ def correlations_of(material: Material, last: int = 6) -> Figure | None:
 def fixed_or_adaptive(material: Material) -> Figure | None:
     "Runs 1 to 3, which differ in tau alone, beside the baseline."
     if not all(map(material.of, (0, 1, 2, 3))): return None
-    groups = {"no charge": material.of(0), "fixed, 0.1": material.of(1), "adaptive, 0.1 to 0.5": material.of(2), "adaptive, 0.5 to 2": material.of(3)}
+    groups = {"no charge": material.of(0)}
+    for number in (1, 2, 3):
+        settings = material.of(number)[0].config["run"]["mechanisms"][0]["settings"]
+        groups[f"adaptive, {settings['tau']} to {settings['tau_max']}" if "tau_max" in settings else f"fixed, {settings['tau']}"] = material.of(number)
     return side_by_side(groups, ["score", "selectivity", "largest cosine", "largest correlation", "L0"], material.title, "tau")
 
 def share_of_pairs(material: Material) -> Figure | None:

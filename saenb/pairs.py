@@ -102,24 +102,12 @@ def jaccard(a: torch.Tensor, b: torch.Tensor, features: int) -> float:
 
 # %% ../nbs/04_pairs.ipynb #c8b41918
 class PairStatistic(nn.Module):
-    "How strongly pairs of features belong together, followed over training."
+    "How strongly pairs of features belong together: statistics `see` batches [n, features], give the `strength` that all pairs are ranked by, and the `weight` of some, which a penalty may follow."
     follows = "activations" # or gradients of the loss in them
 
     def __init__(self, d_sae: int):
         super().__init__()
         self.d_sae = d_sae
-
-    def see(self, values: torch.Tensor):
-        "Take in a batch [n, features]."
-        raise NotImplementedError
-
-    def strength(self) -> torch.Tensor:
-        "What pairs are ranked by, [features, features]."
-        raise NotImplementedError
-
-    def weight(self, pairs: torch.Tensor) -> torch.Tensor:
-        "What a penalty may follow, for each chosen pair."
-        raise NotImplementedError
 
 class Coactivation(PairStatistic):
     "The batch at hand: ranked by products, followed by absolute correlation."

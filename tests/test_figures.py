@@ -30,6 +30,13 @@ def test_groups_are_drawn_with_their_values():
         assert drawn == sorted((a.unlearning[key], b.unlearning[key]) for a, b in zip(material.of(0), material.of(1)))
 
 
+def test_a_measure_that_records_lack_is_left_out():
+    """Records of the sweep in other worlds hold two evaluations only."""
+    material = Material(ROOT/"runs"/"seed-0-full", "orthogonality")
+    figure = side_by_side({"baseline": material.of(0)}, ["score", "absorption fraction", "L0"])
+    assert [ax.get_title() for ax in figure.axes] == ["score", "L0"]
+
+
 def test_thresholds_are_those_of_the_runs(tmp_path):
     """Declared in the run, or the last of the log; runs that have none get no bar."""
     runs = {0: ([], {}), 1: ([dict(name="ContrastiveGroups", settings=dict(percentile=75))], {"ContrastiveGroups.threshold": 0.25}),
