@@ -96,20 +96,19 @@ def run(
     seed: int = 0, # decides everything random
     out: str | Path = "runs", # where records go
     steps: int | None = None, # another training length than the preset's
-    change: dict | None = None, # other knobs: d_sae, fields of TrainConfig, or settings of the run's mechanisms; makes a variant beside the run
+    change: dict | None = None, # other knobs: d_sae, fields of TrainConfig, settings of the run's mechanisms, or `without` one of them; makes a variant beside the run
     progress: bool = True, # show bars
 ) -> Record:
     "Make one record, or find it."
     definition, setting = find_run(id), find_preset(preset)
     if not isinstance(seed, int) or seed < 0: raise SaenbError(f"The seed is {seed!r}; it has to be a whole number from 0 up.")
     change = dict(change or {})
-    own = {k for _, settings in definition.mechanisms for k in settings}
+    own = {"without", *definition.knobs}
     for knob in change: pick(knob, ("d_sae", *TrainConfig.__dataclass_fields__, *own), "knob to change")
     variant = ",".join(f"{k}={v}" for k, v in sorted(change.items()))
     folder = Path(out)/setting.name/definition.experiment/f"run_{definition.number}{'@' * bool(variant)}{variant}"/f"seed_{seed}"
     d_sae = change.pop("d_sae", setting.d_sae)
-    own = {k: change.pop(k) for k in own & change.keys()}
-    definition = replace(definition, mechanisms=tuple((name, settings | {k: v for k, v in own.items() if k in settings}) for name, settings in definition.mechanisms))
+    definition = definition.but(**{k: change.pop(k) for k in own & change.keys()})
     training = replace(setting.training, seed=seed, **definition.training | change | (dict(steps=steps, tokens=None) if steps is not None else {}))
     config = dict(run=definition.as_dict(), preset=setting.name, seed=seed, variant=variant, layer=setting.layer, d_sae=d_sae, training=asdict(training),
                   model=_model_name(setting))

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
@@ -57,9 +58,17 @@ class SAE(nn.Module, PyTorchModelHubMixin, library_name="saenb", license="apache
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
         self.gates = nn.ModuleList(make_mechanism(cfg=cfg, **g) for g in cfg.gates)
 
+    @property
+    def working(self) -> int:
+        "How many features, counted from the first, are at work; the others rest, and are silent."
+        return min((g.working for g in self.gates if getattr(g, "working", None) is not None), default=self.cfg.d_sae)
+
     def ungated(self, x: torch.Tensor) -> torch.Tensor:
-        "Activations before any gate."
-        return torch.relu(x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc))
+        "Activations before any gate; what rests is not computed."
+        resting = self.cfg.d_sae - self.working
+        W, b = (self.W_enc[:, :-resting], self.b_enc[:-resting]) if resting else (self.W_enc, self.b_enc)
+        f = torch.relu(x @ W + (b - self.b_dec @ W))
+        return F.pad(f, (0, resting)) if resting else f
 
     def encode(self,
         x: torch.Tensor, # the stream [..., d_in]
@@ -72,7 +81,8 @@ class SAE(nn.Module, PyTorchModelHubMixin, library_name="saenb", license="apache
 
     def decode(self, f: torch.Tensor) -> torch.Tensor:
         "The stream that activations stand for."
-        return f @ self.W_dec + self.b_dec
+        resting = self.cfg.d_sae - self.working if self.training else 0 # an intervention may wake what rests, training does not
+        return (f[..., :-resting] @ self.W_dec[:-resting] if resting else f @ self.W_dec) + self.b_dec
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         "The reconstruction of `x`."

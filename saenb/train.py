@@ -50,7 +50,8 @@ class TrainConfig:
 # %% ../nbs/03_train.ipynb #9b5656e8
 class Mechanism(nn.Module):
     "An idea that plugs into training; subclasses define the hooks they need and are known by their name."
-    gate = penalty = after_backward = after_step = numbers = None
+    gate = penalty = after_backward = after_step = numbers = reorder = None
+    working = None # how many features, counted from the first, it leaves at work; None leaves all
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -124,7 +125,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(cfg.seed)
         self.since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=sae.device)
         self.optimizer = self._optimizer()
-        self._terms, self._pending = None, []
+        self._terms, self._pending, self._order = None, [], None
 
     def _optimizer(self):
         "Adam; biases live in the stream's units, so their steps are as much longer."
@@ -162,7 +163,23 @@ class Trainer:
         with torch.no_grad():
             self._note(step, loss)
             for m in self._with("after_step"): m.after_step(step)
+            if self._order is not None: self._change_places()
         self.index += 1
+
+    def reorder(self, order: torch.Tensor):
+        "Let features change places once the step under way is over: `order` says which one comes first, and so on."
+        for m in self.mechanisms:
+            if m.state_dict() and not m.reorder:
+                raise SaenbError(f"Features cannot change places beside {type(m).__name__}, which keeps something of each; give it a `reorder`, or leave one of them out.")
+        self._order = order
+
+    def _change_places(self):
+        "Everything that is kept of each feature, in its new place."
+        for p, dim in ((self.sae.W_enc, 1), (self.sae.W_dec, 0), (self.sae.b_enc, 0)):
+            for t in (p, *(v for v in self.optimizer.state[p].values() if v.shape == p.shape)): t.copy_(t.index_select(dim, self._order))
+        self.since_fired.copy_(self.since_fired[self._order])
+        for m in self._with("reorder"): m.reorder(self._order)
+        self._order = None
 
     def _with(self, hook): return [m for m in self.mechanisms if getattr(m, hook)]
 

@@ -11,7 +11,7 @@ KEPT = ROOT/"runs"/"tiny-full"
 
 def test_the_committed_records_give_every_figure(tmp_path):
     drawn = {p.relative_to(tmp_path).with_suffix("").as_posix() for p in draw_figures(KEPT, tmp_path)}
-    assert {f"orthogonality/{name}" for name in FIGURES["orthogonality"]} <= drawn
+    assert {f"{experiment}/{name}" for experiment in ("orthogonality", "contrastive") for name in FIGURES[experiment]} <= drawn
     for name in drawn: assert (ROOT/"figures"/f"{name}.png").exists()
 
 

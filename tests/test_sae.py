@@ -77,6 +77,29 @@ def test_a_gate_travels_with_its_dictionary(store, tmp_path):
     assert json.loads((tmp_path/"cfg.json").read_text())["architecture"] == "saenb_gated"
 
 
+class Rest(Mechanism):
+    def __init__(self, d_in, d_sae, working):
+        super().__init__(d_in, d_sae, working=working)
+        self.working = working
+
+    def gate(self, x, f, positions): return f
+
+
+def test_what_rests_is_silent_and_costs_no_gradient(store):
+    """Slices of the matrices give what whole ones and a mask would, gradients included."""
+    x, mask = store.rows(0, 300).x.float(), (torch.arange(64) < 48).float()
+    rested = SAE(SAEConfig(d_in=store.d_in, d_sae=64, gates=[dict(name="Rest", settings=dict(working=48))])).initialise(x)
+    whole = SAE(SAEConfig(d_in=store.d_in, d_sae=64)).initialise(x)
+    f = rested.encode(x)
+    assert rested.working == 48 and (f[:, 48:] == 0).all() and (whole.encode(x)[:, 48:] > 0).any()
+    torch.testing.assert_close(f, whole.encode(x) * mask)
+    for sae, made in ((rested, rested.decode(f)), (whole, whole.decode(whole.encode(x) * mask))): (made - x).pow(2).sum().backward()
+    for name, p in whole.named_parameters(): torch.testing.assert_close(dict(rested.named_parameters())[name].grad, p.grad, rtol=1e-4, atol=1e-2)
+    woken = f.detach().clone()
+    woken[:, 60] = 1.0 # an intervention may speak with a feature that rests
+    torch.testing.assert_close(rested.eval().decode(woken) - rested.decode(f), rested.W_dec[60].expand(300, -1), rtol=1e-4, atol=1e-5)
+
+
 def changed(folder, tmp_path, name, change):
     shutil.copytree(folder, tmp_path/name)
     entry = json.loads((tmp_path/name/"cfg.json").read_text())

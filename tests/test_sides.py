@@ -3,10 +3,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from scipy.stats import entropy
-from sklearn.metrics import mutual_info_score
+from scipy.integrate import quad
+from scipy.stats import entropy, expon
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, mutual_info_score
 
-from saenb.sides import activity, divergence, shares, side_information
+from saenb.sides import SideReader, SideStatistics, activation_divergence, activity, by_side, divergence, shares, side_information
 
 
 def made_up(n=400, features=5, seed=0):
@@ -60,3 +62,91 @@ def test_a_feature_of_one_side_tells_everything():
     side = torch.tensor([1, 1, 2, 2])
     f = torch.tensor([[1.0, 0, 1], [1, 1, 1], [0, 0, 1], [0, 1, 1]])
     np.testing.assert_allclose(side_information(activity(f, side)), [np.log(2), 0, 0], atol=1e-6)
+
+
+@given(st.tuples(*[st.floats(0.001, 0.9)] * 2), st.tuples(*[st.floats(0.1, 10)] * 2))
+@settings(max_examples=30, deadline=None)
+def test_the_divergence_of_activations_is_the_integral(densities, sizes):
+    """Silence with one probability and an exponential with the other, integrated by scipy."""
+    (p, q), (a, b) = densities, sizes
+    strength = quad(lambda x: expon.pdf(x, scale=a) * (expon.logpdf(x, scale=a) - expon.logpdf(x, scale=b)), 0, 60 * a, limit=200)[0]
+    wanted = entropy([p, 1 - p], [q, 1 - q]) + p * strength
+    ours = activation_divergence(*(torch.tensor(v, dtype=torch.double) for v in (p, a, q, b))).item()
+    assert ours == pytest.approx(wanted, rel=1e-5, abs=1e-9)
+    assert ours >= -1e-12 and activation_divergence(*(torch.tensor(v, dtype=torch.double) for v in (p, a, p, a))).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_estimate_finds_a_known_divergence():
+    """Drawn from two known distributions, the statistics give back the formula's value."""
+    draw = np.random.default_rng(0)
+    densities, sizes = (0.05, 0.02), (1.0, 2.5)
+    f, side = np.zeros((200_000, 1)), np.repeat([1, 2], 100_000)
+    for which, p, a in zip((1, 2), densities, sizes):
+        rows = side == which
+        f[rows, 0] = (draw.random(rows.sum()) < p) * draw.exponential(a, rows.sum())
+    statistics = SideStatistics(1)
+    statistics.see(torch.tensor(f, dtype=torch.float), torch.tensor(side))
+    p, q, a, b = (torch.tensor(v) for v in (*densities, *sizes))
+    assert statistics.divergence().item() == pytest.approx(((activation_divergence(p, a, q, b) + activation_divergence(q, b, p, a)) / 2).item(), rel=0.05)
+
+
+def test_statistics_are_those_of_the_batches():
+    """With nothing forgotten, over three batches as over one; and the older, the less it counts."""
+    f, side = made_up(600, seed=3)
+    whole, parts, short = SideStatistics(5, memory=1.0), SideStatistics(5, memory=1.0), SideStatistics(5, memory=0.0)
+    whole.see(f, side)
+    for at in (0, 200, 400):
+        for s in (parts, short): s.see(f[at:at + 200], side[at:at + 200])
+    for name in ("density", "size"): torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    forget = f[side == 1]
+    torch.testing.assert_close(whole.density[0], ((forget > 0).sum(0) + 0.5) / (len(forget) + 1))
+    torch.testing.assert_close(short.total, by_side(f[400:], side[400:])[0])
+
+
+def test_what_is_seen_on_few_tokens_is_drawn_together():
+    f, side = torch.zeros(2000, 3), torch.arange(2000) % 2 + 1
+    f[0, 1] = 1.0 # once
+    f[side == 1, 2] = 1.0 # on one side always
+    statistics = SideStatistics(3)
+    statistics.see(f, side)
+    never, once, always = statistics.divergence().tolist()
+    assert never == 0 < once < 0.01 < 1 < always
+
+
+def test_features_take_their_statistics_along():
+    f, side = made_up()
+    one, other, order = SideStatistics(5), SideStatistics(5), torch.tensor([3, 0, 4, 1, 2])
+    for s, x in ((one, f), (other, f[:, order])):
+        s.see(x, side)
+        s.feel(x, x.cos(), side, 5)
+    one.reorder(order)
+    for name, value in one.state_dict().items(): torch.testing.assert_close(value, other.state_dict()[name])
+
+
+def test_a_gradient_is_felt_by_the_first_only():
+    f, side = made_up()
+    statistics = SideStatistics(5, memory=0.0)
+    statistics.feel(f, torch.ones_like(f), side, 3)
+    assert (statistics.pull[:, 3:] == 0).all()
+    torch.testing.assert_close(statistics.pull[0, :3], f[side == 1, :3].mean(0) * len(f))
+
+
+def test_the_reader_is_a_logistic_regression():
+    """Trained to the end, it guesses as sklearn's does; tokens of neither side do not teach it."""
+    draw = torch.Generator().manual_seed(0)
+    side = torch.randint(0, 3, (900,), generator=draw)
+    x = torch.randn(900, 4, generator=draw) * 3 + 5 + (side == 1)[:, None] * torch.tensor([2.0, -1, 0, 0])
+    reader = SideReader(4)
+    reader.fit_scale(x)
+    assert reader.loss(x, side).item() == pytest.approx(np.log(2))
+    optimizer = torch.optim.LBFGS(reader.parameters(), max_iter=200)
+    def closure():
+        optimizer.zero_grad()
+        loss = reader.loss(x, side)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    known = side > 0
+    theirs = LogisticRegression(C=1e6, max_iter=1000).fit(x[known], side[known] == 1)
+    np.testing.assert_allclose(reader(x).detach(), theirs.predict_proba(x)[:, 1], atol=1e-3)
+    assert reader.loss(x, side).item() == pytest.approx(log_loss(side[known] == 1, theirs.predict_proba(x[known])[:, 1]), rel=1e-4)

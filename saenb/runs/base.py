@@ -6,7 +6,10 @@
 __all__ = ['EXPERIMENTS', 'BASELINES', 'Run']
 
 # %% ../../nbs/05_runs.ipynb #0e63e398
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from ..core import pick
 
 # %% ../../nbs/05_runs.ipynb #02dc3a96
 EXPERIMENTS = { # the four logs and their titles
@@ -32,10 +35,22 @@ class Run:
     @property
     def number(self) -> str: return self.id.split("/")[1]
 
+    @property
+    def knobs(self) -> dict:
+        "All settings of its mechanisms; one that several of them have is named with its mechanism."
+        owners = Counter(k for _, s in self.mechanisms for k in s)
+        return {k if owners[k] == 1 else f"{name}.{k}": v for name, s in self.mechanisms for k, v in s.items()}
+
+    def but(self, without: str | None = None, **knobs) -> "Run":
+        "The same with other settings, or without one of its mechanisms."
+        if without is not None: pick(without, [name for name, _ in self.mechanisms], "mechanism of this run")
+        return replace(self, mechanisms=tuple(
+            (name, {k: knobs.get(k if k in self.knobs else f"{name}.{k}", v) for k, v in s.items()}) for name, s in self.mechanisms if name != without))
+
     def as_dict(self) -> dict:
         "What `saenb runs --json` prints."
         return dict(id=self.id, title=self.title, idea=self.idea, mechanisms=[dict(name=n, settings=s) for n, s in self.mechanisms],
-                    constants={k: v for _, s in self.mechanisms for k, v in s.items()} | self.training, builds_on=self.builds_on)
+                    constants=self.knobs | self.training, builds_on=self.builds_on)
 
 # %% ../../nbs/05_runs.ipynb #a00fb461
 BASELINES = tuple(

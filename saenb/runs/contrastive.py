@@ -168,8 +168,10 @@ RUNS = (
     Run("contrastive/2", "Enhanced Contrastive", "Fewer and firmer groups, whose members and middles are pressed apart as well.",
         (("ContrastiveGroups", ENHANCED | dict(every=100)),), builds_on="contrastive/1"),
     Run("contrastive/3", "Adaptive Selection", "What matters little is pruned, and the two sides' activations are pulled apart.",
-        (("ContrastiveGroups", ENHANCED | dict(every=50)), ("ImportantFeatures", SELECTION | dict(activation=0.4, gradient=0.6, prune=0.1)), ("SideDivergence", dict(weight=0.2))), builds_on="contrastive/2"),
+        (("ContrastiveGroups", ENHANCED | dict(every=50)), ("ImportantFeatures", SELECTION | dict(activation=0.4, gradient=0.6, prune=0.1)), ("SideDivergence", dict(weight=0.2))), builds_on="contrastive/2",
+        sweep=(dict(without="SideDivergence"),)),
     Run("contrastive/4", "Hierarchical + MI", "Clusters from a tree, importance that counts what a feature tells about the side, and a stronger pull.",
         (("ContrastiveGroups", {k: v for k, v in ENHANCED.items() if k not in ("percentile", "least")} | dict(clusters=32, every=50)),
-         ("ImportantFeatures", SELECTION | dict(activation=0.35, gradient=0.5, information=0.15, prune=0.05)), ("SideDivergence", dict(weight=0.3))), builds_on="contrastive/3"),
+         ("ImportantFeatures", SELECTION | dict(activation=0.35, gradient=0.5, information=0.15, prune=0.05)), ("SideDivergence", dict(weight=0.3))), builds_on="contrastive/3",
+        sweep=(dict(without="SideDivergence"),)),
 )
