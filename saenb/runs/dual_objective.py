@@ -104,9 +104,9 @@ class SideSeparation(Mechanism):
         missing = F.relu(self.margin - (mean[0] - mean[1]).abs() / mean.sum(0).clamp_min(1e-12)) * (active.sum(0) > 0)
         return dict(product=self.weight * product.mean(), margin=self.margin_weight * missing.mean())
 
-# %% ../../nbs/09_dual_objective.ipynb #1d152e64
+# %% ../../nbs/09_dual_objective.ipynb #466f3b7d
 class SideGates(Mechanism):
-    "Gates for each side, mixed by a guess at each token's side; what they are, its children say."
+    "Gates for each side, mixed by a guess at each token's side; how much a feature belongs to either, [2, features], children say by `belonging`."
     def __init__(self, d_in, d_sae,
         both: float, # what features pay whose gate is wide open on both sides
         **settings # of the children
@@ -116,7 +116,7 @@ class SideGates(Mechanism):
 
     def openness(self) -> torch.Tensor:
         "How far each feature's gate is open on either side, [2, features]."
-        raise NotImplementedError
+        return (2 * self.belonging()).clamp(max=1)
 
     def gate(self, x, f, positions):
         with torch.no_grad(): forget = self.reader(x)
@@ -130,31 +130,26 @@ class SideGates(Mechanism):
     def numbers(self, sae) -> dict[str, float]:
         "What the log keeps of the gates."
         forget, retain = self.openness()
-        return dict(shut_on_forget=(forget == 0).float().mean().item(), shut_on_retain=(retain == 0).float().mean().item(), apart=(forget - retain).abs().mean().item())
+        return dict(shut_on_forget=(forget < 0.5).float().mean().item(), shut_on_retain=(retain < 0.5).float().mean().item(), apart=(forget - retain).abs().mean().item())
 
-# %% ../../nbs/09_dual_objective.ipynb #a65d617f
+# %% ../../nbs/09_dual_objective.ipynb #61ee8537
 class ClusterGates(SideGates):
     "A gate for each cluster of features and side."
     def __init__(self, d_in, d_sae,
         clusters: int = 32, # of features, by what they write
         every: int = 200, # steps between refreshments
-        both: float = 0.05, # what features pay whose gate is wide open on both sides
+        both: float = 0.02, # what features pay whose gate is wide open on both sides
         sparsity: float = 0.001, # what one more cluster that speaks costs a token
         pace: float = 10.0, # how fast gates move, in units of the learning rate
     ):
         super().__init__(d_in, d_sae, both, clusters=clusters, every=every, sparsity=sparsity, pace=pace)
         if not 2 <= clusters <= d_sae: raise SaenbError(f"{d_sae} features cannot be sorted into {clusters} clusters; ask for at least 2 and at most as many as there are features.")
         self.clusters, self.every, self.sparsity, self.pace = clusters, every, sparsity, pace
-        self.shut = nn.Parameter(torch.zeros(2, clusters))
+        self.lean = nn.Parameter(torch.zeros(2, clusters))
         self.register_buffer("labels", torch.zeros(d_sae, dtype=torch.long)) # each feature's cluster
         self.register_buffer("centres", torch.zeros(clusters, d_in))
 
-    @property
-    def gates(self) -> torch.Tensor:
-        "How far each cluster's gate is open on either side, [2, clusters]."
-        return (1 - self.pace * self.shut).clamp(0, 1)
-
-    def openness(self): return self.gates[:, self.labels]
+    def belonging(self): return (self.pace * self.lean).softmax(0)[:, self.labels]
 
     def penalty(self, step):
         spoken = step.f @ F.one_hot(self.labels, self.clusters).to(step.f.dtype)
@@ -168,17 +163,16 @@ class ClusterGates(SideGates):
         self.centres.copy_(torch.from_numpy(found.cluster_centers_))
 
     def after_step(self, step):
-        self.shut.clamp_(0, 1 / self.pace)
         if step.index % self.every == 0: self.sort(step.sae.W_dec.detach(), step.trainer.cfg.seed, first=step.index == 0)
 
     def reorder(self, order): self.labels.copy_(self.labels[order])
 
-# %% ../../nbs/09_dual_objective.ipynb #c78ad770
+# %% ../../nbs/09_dual_objective.ipynb #493832a5
 class SideAttention(SideGates):
     "A gate for each feature and side, by attention over what the feature does on either."
     def __init__(self, d_in, d_sae,
         heads: int = 4, # that attend
-        both: float = 0.05, # what features pay whose gate is wide open on both sides
+        both: float = 0.02, # what features pay whose gate is wide open on both sides
         width: int = 8, # of a question
         threshold: float = 0.2, # what is cut, in units of a feature's size
         look: int = 4, # steps between looks at the statistics
@@ -193,8 +187,8 @@ class SideAttention(SideGates):
         with torch.no_grad():
             for p in (*self.ask.parameters(), *self.answer.parameters()): p.copy_(0.2 * torch.randn(p.shape, generator=draw))
 
-    def attention(self) -> torch.Tensor:
-        "How much each feature attends to either side: the mean over heads, [2, features]."
+    def belonging(self) -> torch.Tensor:
+        "How much each feature attends to either side: the mean over heads."
         s = self.statistics
         seen = torch.stack([s.density.log(), s.size.log(), s.pull.clamp_min(1e-12).log()], -1) # [side, feature, statistic]
         seen = (seen - seen.mean((0, 1))) / seen.std((0, 1)).clamp_min(1e-6)
@@ -203,11 +197,9 @@ class SideAttention(SideGates):
         score = (question * answers).view(2, self.d_sae, self.heads, self.width).sum(-1) / self.width**0.5
         return score.softmax(0).mean(-1)
 
-    def openness(self): return (2 * self.attention()).clamp(max=1)
-
     def floor(self) -> torch.Tensor:
         "Each feature's threshold."
-        forget, retain = self.attention().detach()
+        forget, retain = self.belonging().detach()
         return self.threshold * self.statistics.common * (1 - (forget - retain).abs())
 
     def gate(self, x, f, positions):
@@ -222,7 +214,7 @@ class SideAttention(SideGates):
 
     def reorder(self, order): self.statistics.reorder(order)
 
-# %% ../../nbs/09_dual_objective.ipynb #3ef29992
+# %% ../../nbs/09_dual_objective.ipynb #8d7814b4
 GUIDED = dict(gradient=0.5)
 APART = ("SideSeparation", dict(weight=0.2, margin=0.5))
 
@@ -234,7 +226,7 @@ RUNS = (
     Run("dual_objective/3", "Enhanced Separation", "Each feature is pushed to one side.",
         (("SideBlocks", dict(block=32) | GUIDED), APART), training=dict(balanced=True), builds_on="dual_objective/2"),
     Run("dual_objective/4", "Hierarchical", "Clusters of features have a gate for each side, and tokens pay for the clusters that speak.",
-        (("SideBlocks", dict(block=32, company=0.5) | GUIDED), APART, ("ClusterGates", dict(clusters=32))), training=dict(balanced=True), builds_on="dual_objective/3"),
+        (("SideBlocks", dict(block=32, company=0.5) | GUIDED), APART, ("ClusterGates", dict(clusters=32, both=0.02))), training=dict(balanced=True), builds_on="dual_objective/3"),
     Run("dual_objective/5", "Per-Feature Attention", "Each feature attends to what it does on either side, and speaks where its attention is.",
-        (("SideBlocks", dict(block=32) | GUIDED), APART, ("SideAttention", dict(heads=4))), training=dict(balanced=True), builds_on="dual_objective/4"),
+        (("SideBlocks", dict(block=32) | GUIDED), APART, ("SideAttention", dict(heads=4, both=0.02))), training=dict(balanced=True), builds_on="dual_objective/4"),
 )
