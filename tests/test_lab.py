@@ -229,6 +229,21 @@ def test_a_mechanisms_settings_can_be_changed(made):
     assert weights(found[""]) != weights(found["share=0.01"])
 
 
+def test_a_run_can_be_made_without_one_of_its_mechanisms(made):
+    whole, part = made("contrastive/3", steps=20), made("contrastive/3", steps=20, change=dict(without="SideDivergence"))
+    assert part.variant == "without=SideDivergence" and part.path.parent.name == "run_3@without=SideDivergence"
+    assert [m["name"] for m in whole.config["run"]["mechanisms"]] == ["ContrastiveGroups", "ImportantFeatures", "SideDivergence"]
+    assert part.config["run"]["mechanisms"] == whole.config["run"]["mechanisms"][:2]
+    assert {k for k in whole.log[0] if k not in part.log[0]} == {"SideDivergence.resemblance"}
+    with pytest.raises(SaenbError, match="no mechanism of this run called 'SideDivergenze'; did you mean SideDivergence"): made("contrastive/3", change=dict(without="SideDivergenze"))
+
+
+def test_a_setting_that_several_mechanisms_have_is_named_with_its_own(made):
+    with pytest.raises(SaenbError, match="weight"): made("contrastive/3", steps=20, change=dict(weight=1.0))
+    assert [settings.get("weight") for _, settings in RUNS["contrastive/3"].but(**{"SideDivergence.weight": 1.0}).mechanisms] == [0.2, None, 1.0]
+    assert RUNS["contrastive/3"].as_dict()["constants"]["ContrastiveGroups.weight"] == 0.2
+
+
 def test_an_interval_over_seeds_is_the_t_interval():
     values = [0.31, 0.27, 0.4, 0.33]
     low, high = scipy.stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=scipy.stats.sem(values))

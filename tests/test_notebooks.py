@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from filelock import FileLock
 
 from conftest import ROOT
@@ -33,7 +34,7 @@ def directives(cell): return dict(re.findall(r"^#\|[ \t]*([\w-]+)(?::[ \t]*(\S+)
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The notebooks in a project of their own, with the records that are committed, so that running them changes nothing here. The baseline, which many show, is made once for all workers."""
+    """The notebooks in a project of their own, with the records that are committed, so that running them changes nothing here. The baseline, which many show, is made once for all workers; the others wait, so it may use every core."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT/"settings.ini", folder)
     shutil.copytree(NBS, folder/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
@@ -41,7 +42,11 @@ def copy(tmp_path_factory):
         if (ROOT/name).exists(): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("sae", "store", "cache", "checkpoint*", "tiny"))
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)/"baseline"
-    with FileLock(f"{shared}.lock"): run("orthogonality/0", out=shared, progress=False)
+    threads = torch.get_num_threads()
+    with FileLock(f"{shared}.lock"):
+        torch.set_num_threads(os.cpu_count())
+        run("orthogonality/0", out=shared, progress=False)
+        torch.set_num_threads(threads)
     shutil.copytree(shared/"tiny", folder/"runs"/"tiny")
     return folder
 

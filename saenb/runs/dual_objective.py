@@ -132,7 +132,7 @@ class SideGates(Mechanism):
         forget, retain = self.openness()
         return dict(shut_on_forget=(forget < 0.5).float().mean().item(), shut_on_retain=(retain < 0.5).float().mean().item(), apart=(forget - retain).abs().mean().item())
 
-# %% ../../nbs/09_dual_objective.ipynb #61ee8537
+# %% ../../nbs/09_dual_objective.ipynb #917ded54
 class ClusterGates(SideGates):
     "A gate for each cluster of features and side."
     def __init__(self, d_in, d_sae,
@@ -141,20 +141,36 @@ class ClusterGates(SideGates):
         both: float = 0.02, # what features pay whose gate is wide open on both sides
         sparsity: float = 0.001, # what one more cluster that speaks costs a token
         pace: float = 10.0, # how fast gates move, in units of the learning rate
+        memory: float = 0.99, # of the clusters' shares of activation, from step to step
     ):
-        super().__init__(d_in, d_sae, both, clusters=clusters, every=every, sparsity=sparsity, pace=pace)
+        super().__init__(d_in, d_sae, both, clusters=clusters, every=every, sparsity=sparsity, pace=pace, memory=memory)
         if not 2 <= clusters <= d_sae: raise SaenbError(f"{d_sae} features cannot be sorted into {clusters} clusters; ask for at least 2 and at most as many as there are features.")
-        self.clusters, self.every, self.sparsity, self.pace = clusters, every, sparsity, pace
+        self.clusters, self.every, self.sparsity, self.pace, self.memory = clusters, every, sparsity, pace, memory
         self.lean = nn.Parameter(torch.zeros(2, clusters))
         self.register_buffer("labels", torch.zeros(d_sae, dtype=torch.long)) # each feature's cluster
         self.register_buffer("centres", torch.zeros(clusters, d_in))
+        self.register_buffer("shares", torch.full((2, clusters), 1 / clusters)) # of each side's activation
 
-    def belonging(self): return (self.pace * self.lean).softmax(0)[:, self.labels]
+    @property
+    def by_cluster(self) -> torch.Tensor:
+        "How much each cluster belongs to either side, [2, clusters]."
+        return (self.shares.clamp_min(1e-6).log() + self.pace * self.lean).softmax(0)
+
+    def belonging(self): return self.by_cluster[:, self.labels]
+
+    def gate(self, x, f, positions):
+        if self.training: self.ungated = f
+        return super().gate(x, f, positions)
 
     def penalty(self, step):
         spoken = step.f @ F.one_hot(self.labels, self.clusters).to(step.f.dtype)
         speaking = spoken.sum(1)**2 / spoken.pow(2).sum(1).clamp_min(1e-12)
         return super().penalty(step) | dict(clusters=self.sparsity * speaking.mean())
+
+    def after_step(self, step):
+        if step.index % self.every == 0: self.sort(step.sae.W_dec.detach(), step.trainer.cfg.seed, first=step.index == 0)
+        total = torch.zeros_like(self.shares).index_add_(1, self.labels, by_side(self.ungated, step.side)[0])
+        self.shares.lerp_(total / total.sum(1, keepdim=True).clamp_min(1e-12), 1 - self.memory)
 
     def sort(self, rows, seed, first):
         "Cluster features by what they write."
@@ -162,12 +178,9 @@ class ClusterGates(SideGates):
         self.labels.copy_(torch.from_numpy(found.labels_))
         self.centres.copy_(torch.from_numpy(found.cluster_centers_))
 
-    def after_step(self, step):
-        if step.index % self.every == 0: self.sort(step.sae.W_dec.detach(), step.trainer.cfg.seed, first=step.index == 0)
-
     def reorder(self, order): self.labels.copy_(self.labels[order])
 
-# %% ../../nbs/09_dual_objective.ipynb #493832a5
+# %% ../../nbs/09_dual_objective.ipynb #0f504c59
 class SideAttention(SideGates):
     "A gate for each feature and side, by attention over what the feature does on either."
     def __init__(self, d_in, d_sae,
@@ -195,7 +208,7 @@ class SideAttention(SideGates):
         side = torch.tensor([1.0, -1.0], device=seen.device)[:, None, None].expand(-1, self.d_sae, 1)
         question, answers = self.ask(seen.mean(0)), self.answer(torch.cat([seen, side], -1))
         score = (question * answers).view(2, self.d_sae, self.heads, self.width).sum(-1) / self.width**0.5
-        return score.softmax(0).mean(-1)
+        return ((s.density * s.size).log()[..., None] + score).softmax(0).mean(-1)
 
     def floor(self) -> torch.Tensor:
         "Each feature's threshold."
