@@ -236,7 +236,7 @@ def test_thresholds_adapt_for_each_feature(train, unseen):
     """What lies below its feature's threshold is silent; and what lies above it speaks, unless a gate masks it there."""
     trainer = train(mechanisms_of(5))
     gates, x = part(trainer, "SideAttention"), unseen.x.float()
-    floor = gates.floor()
+    floor = gates.floor(gates.belonging())
     assert len(floor.unique()) > 100
     before, after = trainer.sae.ungated(x).detach(), trainer.sae.encode(x).detach()
     cut = (before > 0) & (before <= floor)

@@ -4,14 +4,14 @@ import shutil
 
 from conftest import ROOT
 from saenb.core import write_json
-from saenb.figures import FIGURES, Material, draw_figures, feature_thresholds, side_by_side
+from saenb.figures import FIGURES, Material, draw_figures, feature_importance, feature_thresholds, last_of_log, side_by_side, switched_off, titled
 
 KEPT = ROOT/"runs"/"tiny-full"
 
 
 def test_the_committed_records_give_every_figure(tmp_path):
     drawn = {p.relative_to(tmp_path).with_suffix("").as_posix() for p in draw_figures(KEPT, tmp_path)}
-    assert {f"{experiment}/{name}" for experiment in ("orthogonality", "contrastive") for name in FIGURES[experiment]} <= drawn
+    assert {f"{experiment}/{name}" for experiment in ("orthogonality", "contrastive", "dual_objective") for name in FIGURES[experiment]} <= drawn
     for name in drawn: assert (ROOT/"figures"/f"{name}.png").exists()
 
 
@@ -48,3 +48,30 @@ def test_thresholds_are_those_of_the_runs(tmp_path):
         (folder/"train_log.jsonl").write_text(json.dumps(dict(step=20, loss=1.0) | last) + "\n")
     heights = [[bar.get_height() for bar in ax.patches] for ax in feature_thresholds(Material(tmp_path, "contrastive")).axes]
     assert heights == [[0.01], [0.1], [0.25, 0.5]]
+
+
+def test_parts_switched_off_stand_beside_the_whole():
+    material = Material(KEPT, "contrastive")
+    names = [label.get_text().replace("\n", " ") for label in switched_off(material).axes[0].get_xticklabels()]
+    assert names == ["Baseline SAE", "Adaptive Selection", "Adaptive Selection without SideDivergence", "Hierarchical + MI", "Hierarchical + MI without SideDivergence"]
+    assert switched_off(Material(KEPT, "orthogonality")) is None # of which nothing was switched off
+
+
+def test_the_end_of_the_log_as_a_table():
+    """Means over seeds; the baseline, whose log has none of it, is left out."""
+    material = Material(KEPT, "contrastive")
+    lines = last_of_log(titled(material), {"groups": "Groups.groups", "pruned": (".pruned", ".silenced")}).splitlines()
+    assert lines[0] == "| run | groups | pruned |" and len(lines) == 2 + 4
+    wanted = sum(r.log[-1]["ContrastiveGroups.groups"] for r in material.of(3)) / 3
+    title, groups, pruned = lines[4].strip("| ").split(" | ")
+    assert title == "Adaptive Selection" and float(groups) == round(wanted, 1) and 0 < float(pruned) <= 0.1
+    assert lines[2].endswith("|  |") # nothing is pruned in the first run
+
+
+def test_importance_is_drawn_for_the_baseline_and_the_last_run():
+    material = Material(KEPT, "dual_objective")
+    figure = feature_importance(material)
+    assert [ax.get_title() for ax in figure.axes] == ["Baseline SAE", "Per-Feature Attention"]
+    for ax, number in zip(figure.axes, (0, 5)):
+        drawn = {patch.get_label(): sum(patch.get_data().values) for patch in ax.patches}
+        assert drawn == {side: sum(material.of(number)[0].result("separation")["eval_result_unstructured"]["importance"][side]) for side in ("retain", "forget")}
