@@ -36,10 +36,49 @@ def store(world, model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def exam(world, model):
+def once(tmp_path_factory):
+    """Have one of the workers make a folder, and the others wait for it and use it too."""
+    from filelock import FileLock
+    base = tmp_path_factory.getbasetemp()
+
+    def make(name, fill):
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)/name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                fill(draft := folder.with_name(f"{name}-draft"))
+                draft.rename(folder)
+        return folder
+    return make
+
+
+@pytest.fixture(scope="session")
+def harvested(once):
+    """A folder of records that has none yet, but the embedded world's store and the list of known questions; to be copied or linked to, and left as it is."""
+    from saenb.lab import exam_of, store_of
+    from saenb.presets import preset
+
+    def fill(folder):
+        store_of(preset("tiny"), folder)
+        exam_of(preset("tiny"), folder)
+    return once("harvested", fill)
+
+
+@pytest.fixture(scope="session")
+def work(harvested, tmp_path_factory):
+    """Make folders for records, in which the stream is harvested and the questions are asked."""
+    def make(name="runs"):
+        out = tmp_path_factory.mktemp(name)
+        (out/"tiny").mkdir()
+        for part in ("store", "cache"): (out/"tiny"/part).symlink_to(harvested/"tiny"/part)
+        return out
+    return make
+
+
+@pytest.fixture(scope="session")
+def exam(world, model, harvested):
     from saenb.evals.unlearning import Exam
     from saenb.presets import preset
-    return Exam(model, preset("tiny").unlearning, world.layer)
+    return Exam(model, preset("tiny").unlearning, world.layer, cache=harvested/"tiny"/"cache")
 
 
 @pytest.fixture(scope="session")

@@ -64,9 +64,9 @@ def test_a_slow_run_costs_more_and_the_baseline_costs_itself(store):
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def records(work):
     """Two seeds of a run, briefly trained."""
-    out = tmp_path_factory.mktemp("runs")
+    out = work()
     return out, [run("orthogonality/1", "tiny", seed, out, steps=20, progress=False) for seed in (0, 1)]
 
 

@@ -32,9 +32,9 @@ def stop(process, when, how):
 
 
 @pytest.fixture(scope="module")
-def first(world, tmp_path_factory):
+def first(work):
     """A folder with one short record, its store and the list of known questions, and what the command that made it printed."""
-    out = tmp_path_factory.mktemp("runs")
+    out = work()
     process = start("run", "orthogonality/0", "--steps", 40, "--out", out, "--json", cwd=out, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     printed, complaints = process.communicate()
     assert process.returncode == 0, complaints
@@ -281,7 +281,7 @@ def test_a_disk_that_fills_up_in_training(saenb, one_sentence, mounted, beside):
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(saenb, first, beside, tmp_path):
     """kill -9 in the harvest, in training before and after the first checkpoint, and in the evaluation."""
-    command = ("run", "orthogonality/0", "--steps", 700, "--out")
+    command = ("run", "orthogonality/0", "--steps", 560, "--out")
     whole = saenb(*command, beside)
     assert whole.returncode == 0, whole.stderr
     out = tmp_path/"killed"
@@ -293,8 +293,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(saenb, first, beside, 
     checkpoint, dictionary, result = record/"checkpoint.safetensors", record/"sae"/"cfg.json", record/"evals"/"unlearning.json"
     for moment, then in (
             (lambda: journal()["shards"], lambda: not journal()["finished"]),
-            (lambda: steps() >= 100, lambda: journal()["finished"] and not checkpoint.exists()),
-            (lambda: checkpoint.exists() and steps() >= 540, lambda: not dictionary.exists()),
+            (lambda: steps() >= 40, lambda: journal()["finished"] and not checkpoint.exists()),
+            (lambda: checkpoint.exists() and steps() >= 520, lambda: not dictionary.exists()),
             (dictionary.exists, lambda: not result.exists() and not (record/"final_info.json").exists())):
         code = stop(start(*command, out, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), moment, signal.SIGKILL)
         assert code == -signal.SIGKILL and then()
@@ -303,7 +303,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(saenb, first, beside, 
     for name in ("sae/sae_weights.safetensors", "sae/cfg.json", "train_log.jsonl", "config.json"):
         assert (record/name).read_bytes() == (beside/RECORD/name).read_bytes(), name
     assert journal()["shards"] == json.loads((first[0]/"tiny"/"store"/"store.json").read_text())["shards"]
-    assert json.loads((record/"final_info.json").read_text())["training_steps"] == 700
+    assert json.loads((record/"final_info.json").read_text())["training_steps"] == 560
 
 
 def test_ctrl_c_is_one_sentence(beside, tmp_path):

@@ -19,9 +19,9 @@ STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def out(world, tmp_path_factory):
-    """One folder for all records here, so that the stream is harvested and the questions are asked once."""
-    return tmp_path_factory.mktemp("runs")
+def out(work):
+    """One folder for all records here."""
+    return work()
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,9 @@ def baseline(made): return made("orthogonality/0")
 
 
 @pytest.fixture(scope="module")
-def elsewhere(out, baseline, tmp_path_factory):
-    """Another folder of records, with the same store and list of known questions; each test takes a seed of its own."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    (folder/"tiny").mkdir()
-    for name in ("store", "cache"): (folder/"tiny"/name).symlink_to(out/"tiny"/name)
-    return folder
+def elsewhere(work):
+    """Another folder of records; each test takes a seed of its own."""
+    return work("elsewhere")
 
 
 def weights(record): return (record.path/"sae"/"sae_weights.safetensors").read_bytes()

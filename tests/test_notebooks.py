@@ -8,8 +8,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
-from filelock import FileLock
 
 from conftest import ROOT
 from saenb.lab import run
@@ -33,21 +31,15 @@ def directives(cell): return dict(re.findall(r"^#\|[ \t]*([\w-]+)(?::[ \t]*(\S+)
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """The notebooks in a project of their own, with the records that are committed, so that running them changes nothing here. The baseline, which many show, is made once for all workers; the others wait, so it may use every core."""
+def copy(tmp_path_factory, once, harvested):
+    """The notebooks in a project of their own, with the records that are committed, so that running them changes nothing here. The baseline, which many show, is made once for all workers."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT/"settings.ini", folder)
     shutil.copytree(NBS, folder/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for name in ("runs", "figures"):
         if (ROOT/name).exists(): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("sae", "store", "cache", "checkpoint*", "tiny"))
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)/"baseline"
-    threads = torch.get_num_threads()
-    with FileLock(f"{shared}.lock"):
-        torch.set_num_threads(os.cpu_count())
-        run("orthogonality/0", out=shared, progress=False)
-        torch.set_num_threads(threads)
-    shutil.copytree(shared/"tiny", folder/"runs"/"tiny")
+    made = once("baseline", lambda draft: shutil.copytree(harvested, draft) and run("orthogonality/0", out=draft, progress=False))
+    shutil.copytree(made/"tiny", folder/"runs"/"tiny")
     return folder
 
 
