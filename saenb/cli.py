@@ -43,7 +43,8 @@ def reproduce_command(args):
     if args.json: return made
     print("\nRecords, one folder a run and seed:", *made["records"], sep="\n  ")
     print("Figures:", *made["figures"], sep="\n  ")
-    print(f"\nLook first at {made['figures'][0]}, then at {records[0].path/'notes.md'}.")
+    first = next((p for p in drawn if p.parent.name == records[0].run.split("/")[0]), drawn[0])
+    print(f"\nLook first at {first}, then at {records[0].path/'notes.md'}.")
 
 def eval_command(args):
     "Judge a dictionary."

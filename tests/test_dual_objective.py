@@ -100,6 +100,14 @@ def test_a_block_that_is_important_enough_stays_at_work(train):
     assert abs(int(low.sum()) * 32 - (256 - some.sae.working)) <= 32 # as decided, but for what has changed since
 
 
+def test_nothing_is_decided_once_the_learning_rate_falls(fresh, store):
+    sae = fresh(d_sae=64)
+    trainer, decided = Trainer(sae, store, [SideBlocks(192, 64, block=8, every=10)], TrainConfig(steps=60, warmup=5, decay=0.5, batch=256, balanced=True)), []
+    trainer.mechanisms[0].decide = lambda t: decided.append(t.index)
+    trainer.fit(progress=False)
+    assert decided == [9, 19, 29]
+
+
 def test_the_threshold_follows_the_distribution(fresh):
     """Importance all ten times as large: a fixed threshold decides otherwise, run 2's does not."""
     class Sorted:
@@ -143,7 +151,7 @@ def test_blocks_sort_the_important_to_the_front_and_part_it_from_the_rest(train,
 def test_a_resting_feature_returns(fresh, store):
     """Put to rest by force, features of importance are back after the next decision."""
     sae = fresh(d_sae=64)
-    trainer = Trainer(sae, store, [make_mechanism("SideBlocks", dict(block=8, every=20, look=1), sae.cfg)], TrainConfig(steps=20, warmup=5, balanced=True))
+    trainer = Trainer(sae, store, [make_mechanism("SideBlocks", dict(block=8, every=20, look=1), sae.cfg)], TrainConfig(steps=30, warmup=5, balanced=True))
     rows = sae.W_dec.detach().clone()
     trainer.mechanisms[0].working = 32
     trainer.fit(progress=False)

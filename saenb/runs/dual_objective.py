@@ -16,7 +16,7 @@ from .base import Run
 from ..sides import SideReader, SideStatistics, by_side
 from ..train import Mechanism
 
-# %% ../../nbs/09_dual_objective.ipynb #9761c70f
+# %% ../../nbs/09_dual_objective.ipynb #a2d808d7
 class SideBlocks(Mechanism):
     "Keeps features sorted by how differently they act on the two sides, and lets the blocks rest that matter least."
     def __init__(self, d_in, d_sae,
@@ -65,7 +65,8 @@ class SideBlocks(Mechanism):
             f, n, sae = self.ungated.detach(), self.working, step.sae
             if n < self.d_sae: f = torch.cat([f[:, :n], torch.relu(step.x @ sae.W_enc[:, n:] + (sae.b_enc[n:] - sae.b_dec @ sae.W_enc[:, n:]))], 1)
             self.statistics.see(f, step.side)
-        if (step.index + 1) % self.every == 0: self.decide(step.trainer)
+        rate, rise = step.trainer.schedule(step.index + 1)
+        if (step.index + 1) % self.every == 0 and rate == rise: self.decide(step.trainer) # not once the learning rate falls, so that all that is left can settle
 
     def decide(self, trainer):
         "Sort features and let blocks rest."
