@@ -68,7 +68,7 @@ def test_constants_are_the_tables_and_come_from_the_run(number, fresh):
 
 def test_sorting_alone_changes_nothing_but_places(train):
     """Blocks of which none may rest: the same dictionary, its features in another order."""
-    sorted_, plain = train(mechanisms_of(1, SideBlocks=dict(rest=0.0)), TrainConfig(steps=60, lr=1e-3, warmup=20, balanced=True)), train((), TrainConfig(steps=60, lr=1e-3, warmup=20, balanced=True))
+    sorted_, plain = train(mechanisms_of(1, SideBlocks=dict(rest=0.0)), TrainConfig(steps=80, lr=1e-3, warmup=20, balanced=True)), train((), TrainConfig(steps=80, lr=1e-3, warmup=20, balanced=True))
     rows, theirs = sorted_.sae.W_dec.detach(), plain.sae.W_dec.detach()
     nearest = (rows @ theirs.T).argmax(1)
     assert not torch.equal(nearest, torch.arange(256)) and torch.equal(nearest.sort().values, torch.arange(256))
