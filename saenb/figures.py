@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FIGURES', 'Material', 'named', 'side_by_side', 'titled', 'last_of_log', 'switched_off', 'correlations_of',
            'fixed_or_adaptive', 'share_of_pairs', 'absorption_removed', 'pair_stability', 'feature_thresholds',
-           'feature_groups', 'separations', 'feature_importance', 'feature_separation', 'scores', 'losses',
+           'feature_groups', 'separations', 'feature_importance', 'feature_separation', 'positions_known',
+           'position_masks', 'positional_fidelity', 'hard_to_soft', 'specialisation_retained', 'scores', 'losses',
            'draw_figures']
 
 # %% ../nbs/20_figures.ipynb #653569cf
@@ -224,6 +225,79 @@ def feature_separation(material: Material) -> Figure | None:
     found = separations(material)
     return evaluation("separation").plot(found) if found else None
 
+# %% ../nbs/20_figures.ipynb #2521c985
+def positions_known(material: Material) -> dict[str, dict]:
+    "Each run's positional result, by title, one seed each."
+    first = min(r.seed for r in material.records)
+    return {r.config["run"]["title"]: r.result("positional")["eval_result_unstructured"] for r in material.records if r.seed == first and "positional" in r.evaluations}
+
+def position_masks(material: Material) -> Figure | None:
+    "What passes of some features in each part of the text, in runs that have masks."
+    found = {title: ours["profiles"] for title, ours in positions_known(material).items() if ours.get("profiles")}
+    if not found: return None
+    fig = Figure(figsize=(0.8 + 1.7 * len(found), 3), layout="constrained")
+    axes = np.atleast_1d(fig.subplots(1, len(found), sharey=True))
+    for ax, (title, rows) in zip(axes, found.items()):
+        shown = ax.imshow(np.array(rows, dtype=float), aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        ax.set_title(title, fontsize=8)
+        ax.set_xlabel("part of the text", fontsize=8)
+        ax.tick_params(labelsize=7)
+    axes[0].set_ylabel("features, from the first to the last", fontsize=8)
+    fig.colorbar(shown, ax=list(axes), label="what passes")
+    fig.suptitle(material.title, fontsize=9)
+    return fig
+
+def positional_fidelity(material: Material) -> Figure | None:
+    "How far features follow their masks, and how much of a position each run's activations tell."
+    found = {title: ours["features"]["fidelity"] for title, ours in positions_known(material).items() if ours["features"]["fidelity"]}
+    if not found: return None
+    fig = Figure(figsize=(10, 3.4), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    for title, values in found.items():
+        known = np.sort([v for v in values if v is not None])[::-1]
+        left.plot(np.arange(len(known)) / len(values), known, lw=1, label=title)
+    left.axhline(0, color="0.6", lw=0.8)
+    left.set(xlabel="share of all features", title="correlation of activation with the mask, by position", ylim=(-1.05, 1.05))
+    left.legend(fontsize=7)
+    runs = titled(material)
+    for i, records in enumerate(runs.values()):
+        values = [numbers(r)["position share"] for r in records if "position share" in numbers(r)]
+        right.scatter([i] * len(values), values, s=12, color="tab:blue")
+        if values: right.plot(i, np.mean(values), "_", ms=14, color="black")
+    named(right, runs)
+    right.set(title="share of a position that an activation tells", ylim=(0, None))
+    for ax in (left, right): ax.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(material.title, fontsize=9)
+    return fig
+
+def hard_to_soft(material: Material) -> Figure | None:
+    "Masks from hard, at a temperature of zero, to soft, beside the baseline."
+    soft = {r.config["run"]["mechanisms"][0]["settings"]["temperature"]: (r.run.split("/")[1], r.variant) for r in material.all if r.config["run"]["mechanisms"] and r.config["run"]["mechanisms"][0]["name"] == "SoftMask"}
+    if len(soft) < 3: return None
+    groups = {"0 (hard)": material.of(1)} | {f"{t:g}": material.of(*where) for t, where in sorted(soft.items())} | {"no mask": material.of(0)}
+    return side_by_side({name: g for name, g in groups.items() if g}, ["score", "selectivity", "position share", "order", "unexplained variance", "L0"], material.title, "temperature")
+
+def specialisation_retained(material: Material) -> Figure | None:
+    "Along one training of each run: what features tell of position, and how far that is what they told at the first step."
+    found = material.analysis("specialisation_along")
+    if not found: return None
+    fig = Figure(figsize=(10, 3.4), layout="constrained")
+    axes = fig.subplots(1, 2)
+    titles = {records[0].run: title for title, records in titled(material).items()}
+    for i, (run, title) in enumerate(titles.items()):
+        if run not in found: continue
+        along = found[run]
+        for ax, key in zip(axes, ("bits", "retention")):
+            ax.plot(range(len(along["steps"])), [np.nan if v is None else v for v in along[key]], "o-", ms=3, lw=1, color=f"C{i % 10}", ls="-" if i < 10 else "--", label=title)
+    for ax, name in zip(axes, ("bits that a feature tells of position, mean", "correlation with what each told at the start")):
+        ax.set_title(name, fontsize=9)
+        ax.set_xticks(range(len(along["steps"])), along["steps"])
+        ax.set_xlabel("step")
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc="outside lower center", ncols=6)
+    fig.suptitle(f"{material.experiment}, one training of each run", fontsize=9)
+    return fig
+
 # %% ../nbs/20_figures.ipynb #e4d144e3
 def scores(material: Material) -> Figure: return unlearning_scores(material.records, material.controls, material.title)
 def losses(*terms): return lambda material: training_curves(material.records, terms, material.title)
@@ -231,7 +305,7 @@ def losses(*terms): return lambda material: training_curves(material.records, te
 FIGURES = dict( # each experiment's figures, by the names that its log gave them; one that lacks what it needs is left out
     orthogonality=dict(unlearning_scores=scores, training_metrics=losses("reconstruction", "sparsity"), feature_correlations=correlations_of, fixed_or_adaptive=fixed_or_adaptive,
                        absorption=absorption_removed, pair_stability=pair_stability, share_of_pairs=share_of_pairs),
-    positional=dict(unlearning_scores=scores, training_losses=losses("loss")),
+    positional=dict(unlearning_scores=scores, training_losses=losses("loss"), position_masks=position_masks, positional_fidelity=positional_fidelity, hard_to_soft=hard_to_soft, specialisation_retained=specialisation_retained),
     contrastive=dict(unlearning_scores=scores, training_losses=losses("loss"), feature_thresholds=feature_thresholds, feature_groups=feature_groups, switched_off=switched_off),
     dual_objective=dict(unlearning_scores=scores, training_losses=losses("loss"), feature_importance=feature_importance, feature_separation=feature_separation),
 )

@@ -14,7 +14,7 @@ from functools import cache
 from math import comb
 from pathlib import Path
 
-from .analyses import pairs_between_seeds, step_cost
+from .analyses import pairs_between_seeds, specialisation_along, step_cost
 from .core import SaenbError, fingerprint, need_room, pick, read_json, write_json, write_text
 from .evals.autopsy import autopsy
 from .evals.base import Readings, result_id
@@ -239,17 +239,21 @@ def analyse(experiment: str, preset: str = "tiny-full", out: str | Path = "runs"
     records = [r for r in find_records(folder.parent) if r.run.startswith(f"{experiment}/")]
     by_run = {id: [r for r in records if r.run == id] for id in dict.fromkeys(r.run for r in records)}
     several = {id: mine for id, mine in by_run.items() if len(mine) > 1 and any(name == "OrthogonalPairs" for name, _ in find_run(id).mechanisms)}
+    placed = by_run if experiment == "positional" else {}
     return dict(step_cost=_kept(folder/"step_cost.json", by_run,
                                 lambda runs: step_cost([find_run(id) for id in runs], store_of(setting, out), setting.d_sae, setting.training.batch)),
                 pairs_between_seeds=_kept(folder/"pairs_between_seeds.json", several,
                                           lambda runs: pairs_between_seeds([r for mine in runs.values() for r in mine], store_of(setting, out)),
-                                          whole=lambda found, mine: len(found["agreement"]) == comb(len(mine), 2)))
+                                          whole=lambda found, mine: len(found["agreement"]) == comb(len(mine), 2)),
+                specialisation_along=_kept(folder/"specialisation_along.json", placed,
+                                           lambda runs: {id: specialisation_along(find_run(id), store_of(setting, out), setting.d_sae, setting.training, setting.evals["positional"],
+                                                                                  readings_of(setting, "positional")) for id in runs}))
 
 def _kept(path, runs, make, whole=lambda found, mine: True):
     "What a file holds for some runs; what it lacks is made."
     kept = read_json(path, "analysis") if path.exists() else {}
-    missing = {id: mine for id, mine in runs.items() if id not in kept or not whole(kept[id], mine)}
-    if missing: write_json(path, kept := kept | make(missing))
+    for id, mine in runs.items():
+        if id not in kept or not whole(kept[id], mine): write_json(path, kept := kept | make({id: mine}))
     return kept
 
 # %% ../nbs/21_lab.ipynb #59f41f97

@@ -110,11 +110,15 @@ class SAE(nn.Module, PyTorchModelHubMixin, library_name="saenb", license="apache
         draw = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=draw))
         self.unit_rows()
-        self.W_enc.copy_(self.W_dec.T)
-        sample = (x[:2**13].float() - self.b_dec) @ self.W_enc
-        self.b_enc.copy_(-torch.quantile(sample, 1 - FIRST_DENSITY, dim=0))
+        self.begin(x[:2**13])
         self.cfg.initial, self.cfg.training_steps = self.fingerprint(), 0
         return self
+
+    @torch.no_grad()
+    def begin(self, x: torch.Tensor, which: slice | torch.Tensor = slice(None)):
+        "Let features look along what they write, and speak on a twentieth of these tokens."
+        self.W_enc[:, which] = self.W_dec[which].T
+        self.b_enc[which] = -torch.quantile((x.float() - self.b_dec) @ self.W_enc[:, which], 1 - FIRST_DENSITY, dim=0)
 
     def fingerprint(self) -> str:
         "A short name for the present weights, the same for the same bytes."

@@ -50,7 +50,7 @@ class TrainConfig:
 # %% ../nbs/03_train.ipynb #9b5656e8
 class Mechanism(nn.Module):
     "An idea that plugs into training; subclasses define the hooks they need and are known by their name."
-    gate = penalty = after_backward = after_step = numbers = reorder = None
+    gate = penalty = after_backward = after_step = numbers = reorder = renew = None
     working = None # how many features, counted from the first, it leaves at work; None leaves all
 
     def __init_subclass__(cls, **kwargs):
@@ -71,6 +71,7 @@ class Step:
     reconstruction: torch.Tensor # [n, d_in]
     losses: dict # terms of the loss so far, by name
     trainer: object # the Trainer below, for its optimiser, its generator and its configuration
+    active: torch.Tensor | None = None # tokens on which each feature is active, counted once weights have moved
 
     @property
     def x(self): return self.batch.x
@@ -140,6 +141,12 @@ class Trainer:
         tail = max(1, round(self.steps * self.cfg.decay))
         return rise * min(1.0, (self.steps - index) / tail), rise
 
+    @property
+    def settling(self) -> bool:
+        "Whether the learning rate falls from the next step on, so that what is changed now has little time to settle."
+        rate, rise = self.schedule(self.index + 1)
+        return rate < rise
+
     def one_step(self, batch: Batch):
         "Everything that happens to one batch."
         sae, (lr, rise) = self.sae, self.schedule(self.index)
@@ -173,9 +180,28 @@ class Trainer:
                 raise SaenbError(f"Features cannot change places beside {type(m).__name__}, which keeps something of each; give it a `reorder`, or leave one of them out.")
         self._order = order
 
+    @torch.no_grad()
+    def renew(self, which: torch.Tensor, rows: torch.Tensor, x: torch.Tensor):
+        "Let some features [k] begin anew in given directions [k, d_in], as features begin that look at these tokens, with nothing left of what they were."
+        self.sae.W_dec[which] = torch.nn.functional.normalize(rows, dim=1).to(self.sae.dtype)
+        self.sae.begin(x, which)
+        for p, dim in self._by_feature: self.forget(p, dim, which)
+        self.since_fired[which] = 0
+        for m in self._with("renew"): m.renew(which, self)
+
+    def forget(self, p: torch.Tensor, dim: int, which: torch.Tensor):
+        "Let the optimiser forget how some slices of a parameter moved."
+        for v in self.optimizer.state[p].values():
+            if v.shape == p.shape: v.index_fill_(dim, which, 0)
+
+    @property
+    def _by_feature(self):
+        "The dictionary's parameters that hold something of each feature, and along which dimension."
+        return (self.sae.W_enc, 1), (self.sae.W_dec, 0), (self.sae.b_enc, 0)
+
     def _change_places(self):
         "Everything that is kept of each feature, in its new place."
-        for p, dim in ((self.sae.W_enc, 1), (self.sae.W_dec, 0), (self.sae.b_enc, 0)):
+        for p, dim in self._by_feature:
             for t in (p, *(v for v in self.optimizer.state[p].values() if v.shape == p.shape)): t.copy_(t.index_select(dim, self._order))
         self.since_fired.copy_(self.since_fired[self._order])
         for m in self._with("reorder"): m.reorder(self._order)
@@ -190,10 +216,10 @@ class Trainer:
 
     def _note(self, step, loss):
         "Remember this step's numbers on the device; nothing is waited for."
-        active = (step.f > 0).sum(0)
-        self.since_fired.add_(1).masked_fill_(active > 0, 0)
+        step.active = (step.f > 0).sum(0)
+        self.since_fired.add_(1).masked_fill_(step.active > 0, 0)
         self._terms = ["loss", *step.losses, "l0"]
-        self._pending.append(torch.stack([loss, *step.losses.values(), active.sum() / len(step.batch)]).detach().float())
+        self._pending.append(torch.stack([loss, *step.losses.values(), step.active.sum() / len(step.batch)]).detach().float())
 
     def flush(self):
         "Bring the remembered numbers over, check that they are finite, and log the latest."
@@ -264,7 +290,7 @@ class Trainer:
         self.sae.load_state_dict(part("sae."), strict=False)
         self.mechanisms.load_state_dict(part("mechanisms."))
         for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"]):
-            self.optimizer.state[p] = {k: v.to(v.device if k == "step" else p.device) for k, v in part(f"adam.{i}.").items()}
+            self.optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in part(f"adam.{i}.").items()} # laid out as the parameter is, which fused steps take for granted
         self.since_fired.copy_(tensors["since_fired"])
         self.generator.set_state(tensors["draws"])
         self.index = self._saved = about["step"]

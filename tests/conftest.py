@@ -1,5 +1,7 @@
 """What several tests need: the shipped world, a small store of its stream, a short-trained dictionary, one exam."""
+import gzip
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,14 +54,36 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def harvested(once):
-    """A folder of records that has none yet, but the embedded world's store and the list of known questions; to be copied or linked to, and left as it is."""
-    from saenb.lab import exam_of, store_of
+def small(once, world):
+    """The embedded world with a third of its questions and texts, in a folder whose name serves as a preset's; whatever is made with it goes where the whole world's would go."""
+    def fill(folder):
+        def copy(source, target):
+            if Path(source).suffix == ".jsonl":
+                lines = Path(source).read_text().splitlines(keepends=True)
+                Path(target).write_text("".join(lines[::3]))
+            elif Path(source).name in ("train_forget.jsonl.gz", "train_retain.jsonl.gz"):
+                lines = gzip.open(source, "rt").readlines()
+                with gzip.open(target, "wt") as f: f.writelines(lines[::3])
+            else: shutil.copyfile(source, target)
+        shutil.copytree(world.path, folder/"tiny", copy_function=copy)
+    return str(once("small", fill)/"tiny")
+
+
+@pytest.fixture(scope="session")
+def setting(small):
+    """The small world's preset."""
     from saenb.presets import preset
+    return preset(small)
+
+
+@pytest.fixture(scope="session")
+def harvested(once, setting):
+    """A folder of records that has none yet, but the small world's store and the list of known questions; to be copied or linked to, and left as it is."""
+    from saenb.lab import exam_of, store_of
 
     def fill(folder):
-        store_of(preset("tiny"), folder)
-        exam_of(preset("tiny"), folder)
+        store_of(setting, folder)
+        exam_of(setting, folder)
     return once("harvested", fill)
 
 
@@ -75,10 +99,9 @@ def work(harvested, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def exam(world, model, harvested):
+def exam(world, model, setting, harvested):
     from saenb.evals.unlearning import Exam
-    from saenb.presets import preset
-    return Exam(model, preset("tiny").unlearning, world.layer, cache=harvested/"tiny"/"cache")
+    return Exam(model, setting.unlearning, world.layer, cache=harvested/"tiny"/"cache")
 
 
 @pytest.fixture(scope="session")

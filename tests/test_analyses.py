@@ -64,17 +64,16 @@ def test_a_slow_run_costs_more_and_the_baseline_costs_itself(store):
 
 
 @pytest.fixture(scope="module")
-def records(work):
+def records(work, small):
     """Two seeds of a run, briefly trained."""
     out = work()
-    return out, [run("orthogonality/1", "tiny", seed, out, steps=20, progress=False) for seed in (0, 1)]
+    return out, [run("orthogonality/1", small, seed, out, steps=20, progress=False) for seed in (0, 1)]
 
 
-def test_seeds_agree_as_far_as_features_match(records):
+def test_seeds_agree_as_far_as_features_match(records, setting):
     from saenb.lab import store_of
-    from saenb.presets import preset
     out, made = records
-    store = store_of(preset("tiny"), out)
+    store = store_of(setting, out)
     found = pairs_between_seeds(made, store)
     assert list(found) == ["orthogonality/1"] and {k: len(v) for k, v in found["orthogonality/1"].items()} == dict(agreement=1, cosine=1, by_lot=1)
     same = pairs_between_seeds([made[0], made[0]], store)["orthogonality/1"] # a seed and itself
@@ -82,14 +81,14 @@ def test_seeds_agree_as_far_as_features_match(records):
     assert found["orthogonality/1"]["agreement"][0] < 1 and same["by_lot"][0] == pytest.approx(0.001 / 1.999, rel=0.01)
 
 
-def test_the_lab_keeps_analyses_and_makes_what_is_missing(records):
+def test_the_lab_keeps_analyses_and_makes_what_is_missing(records, small):
     out, made = records
-    found = analyse("orthogonality", "tiny", out)
+    found = analyse("orthogonality", small, out)
     folder = out/"tiny"/"orthogonality"
-    assert {k: set(v) for k, v in found.items()} == dict(step_cost={"orthogonality/1"}, pairs_between_seeds={"orthogonality/1"})
+    assert {k: set(v) for k, v in found.items()} == dict(step_cost={"orthogonality/1"}, pairs_between_seeds={"orthogonality/1"}, specialisation_along=set())
     kept = {p.name: p.read_bytes() for p in folder.glob("*.json")}
     assert set(kept) == {"step_cost.json", "pairs_between_seeds.json"}
-    assert analyse("orthogonality", "tiny", out) == found and {p.name: p.read_bytes() for p in folder.glob("*.json")} == kept
-    run("orthogonality/1", "tiny", 2, out, steps=20, progress=False) # a third seed makes three couples
-    again = analyse("orthogonality", "tiny", out)
+    assert analyse("orthogonality", small, out) == found and {p.name: p.read_bytes() for p in folder.glob("*.json")} == kept
+    run("orthogonality/1", small, 2, out, steps=20, progress=False) # a third seed makes three couples
+    again = analyse("orthogonality", small, out)
     assert len(again["pairs_between_seeds"]["orthogonality/1"]["agreement"]) == 3 and again["step_cost"] == found["step_cost"]

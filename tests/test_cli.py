@@ -32,10 +32,10 @@ def stop(process, when, how):
 
 
 @pytest.fixture(scope="module")
-def first(work):
+def first(work, small):
     """A folder with one short record, its store and the list of known questions, and what the command that made it printed."""
     out = work()
-    process = start("run", "orthogonality/0", "--steps", 40, "--out", out, "--json", cwd=out, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", out, "--json", cwd=out, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     printed, complaints = process.communicate()
     assert process.returncode == 0, complaints
     return out, json.loads(printed)
@@ -96,22 +96,22 @@ def test_every_run_is_listed(saenb):
     assert json.loads(saenb("runs", "--json").stdout) == json.loads(json.dumps([run.as_dict() for run in RUNS.values()]))
 
 
-def test_a_run_prints_its_record(saenb, first):
+def test_a_run_prints_its_record(saenb, first, small):
     out, printed = first
     assert printed == json.loads((out/RECORD/"final_info.json").read_text())
     assert printed["training_steps"] == 40 and printed["run"] == "orthogonality/0"
     stamps = {p: p.stat().st_mtime_ns for p in (out/RECORD).rglob("*")}
-    again = saenb("run", "orthogonality/0", "--steps", 40, "--out", out)
+    again = saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", out)
     assert again.returncode == 0, again.stderr
     assert f"score {printed['eval_result_metrics']['unlearning']['unlearning_score']:.3f}" in again.stdout and str(out/RECORD/"notes.md") in again.stdout
     assert {p: p.stat().st_mtime_ns for p in (out/RECORD).rglob("*")} == stamps
 
 
-def test_a_dictionary_is_judged_once(saenb, first, sae):
+def test_a_dictionary_is_judged_once(saenb, first, sae, small):
     kept = sae/"evals"/"unlearning.json"
     results, stamps = [], []
     for flags in ([], [], ["--force"]):
-        done = saenb("eval", sae, "--evals", "unlearning", "--out", first[0], "--json", *flags)
+        done = saenb("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json", *flags)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout)["unlearning"])
         stamps.append(kept.stat().st_mtime_ns)
@@ -120,48 +120,48 @@ def test_a_dictionary_is_judged_once(saenb, first, sae):
     assert results[2]["datetime_epoch_millis"] > results[1]["datetime_epoch_millis"]
     scores = [r["eval_result_metrics"]["unlearning"]["unlearning_score"] for r in results]
     assert scores[0] == scores[2] == first[1]["eval_result_metrics"]["unlearning"]["unlearning_score"]
-    shown = saenb("eval", sae, "--evals", "unlearning", "--out", first[0]).stdout
+    shown = saenb("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0]).stdout
     assert f"{scores[0]:.4g}" in next(line for line in shown.splitlines() if line.startswith("score"))
     assert (sae/"evals"/"unlearning.txt").read_text().strip() in shown and (sae/"evals"/"unlearning.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_several_evaluations_at_once(saenb, first, sae):
-    done = saenb("eval", sae, "--evals", "core,separation,absorption", "--out", first[0], "--json")
+def test_several_evaluations_at_once(saenb, first, sae, small):
+    done = saenb("eval", sae, "--preset", small, "--evals", "core,separation,absorption", "--out", first[0], "--json")
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert list(results) == ["core", "separation", "absorption"]
     assert {p.stem for p in (sae/"evals").glob("*.json")} >= set(results)
 
 
-def test_a_records_dictionary_is_judged_into_the_record(saenb, first):
+def test_a_records_dictionary_is_judged_into_the_record(saenb, first, small):
     stamps = {p: p.stat().st_mtime_ns for p in (first[0]/RECORD).rglob("*.json")}
     for place in (first[0]/RECORD, first[0]/RECORD/"sae"):
-        done = saenb("eval", place, "--evals", "core", "--out", first[0], "--json")
+        done = saenb("eval", place, "--preset", small, "--evals", "core", "--out", first[0], "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["core"] == json.loads((first[0]/RECORD/"evals"/"core.json").read_text())
     assert {p: p.stat().st_mtime_ns for p in (first[0]/RECORD).rglob("*.json")} == stamps # found, not made again
 
 
-def test_another_dictionary_in_the_same_folder_is_judged_anew(saenb, first, sae):
+def test_another_dictionary_in_the_same_folder_is_judged_anew(saenb, first, sae, small):
     from saenb.evals.controls import as_logged
     from saenb.sae import load_sae
-    before = json.loads(saenb("eval", sae, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
+    before = json.loads(saenb("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
     other = as_logged(load_sae(sae).cfg)
     other.save(sae)
-    after = json.loads(saenb("eval", sae, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
+    after = json.loads(saenb("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
     assert before["eval_result_unstructured"]["alive"] > 0 == after["eval_result_unstructured"]["alive"]
 
 
-def test_an_autopsy_tells_an_untrained_dictionary(saenb, beside):
-    done = saenb("run", "orthogonality/0", "--steps", 0, "--out", beside, "--json")
+def test_an_autopsy_tells_an_untrained_dictionary(saenb, beside, small):
+    done = saenb("run", "orthogonality/0", "--preset", small, "--steps", 0, "--out", beside, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["training_steps"] == 0
-    found = json.loads(saenb("autopsy", beside/RECORD/"sae", "--out", beside, "--json").stdout)
+    found = json.loads(saenb("autopsy", beside/RECORD/"sae", "--preset", small, "--out", beside, "--json").stdout)
     assert (found["score"], found["reason"], found["counts"]["training_steps"]) == (0.0, "no training step was taken", 0)
 
 
-def test_an_autopsy_in_words(saenb, first, sae):
-    done = saenb("autopsy", sae, "--out", first[0])
+def test_an_autopsy_in_words(saenb, first, sae, small):
+    done = saenb("autopsy", sae, "--preset", small, "--out", first[0])
     assert done.returncode == 0, done.stderr
     score = first[1]["eval_result_metrics"]["unlearning"]["unlearning_score"]
     lines = done.stdout.splitlines()
@@ -208,7 +208,7 @@ def test_a_world_is_not_built_over_another(saenb, one_sentence, world):
     one_sentence(saenb("world", "build", world.path), "holds a world already")
 
 
-def test_a_damaged_shard_is_found_in_training(saenb, one_sentence, first, beside):
+def test_a_damaged_shard_is_found_in_training(saenb, one_sentence, first, beside, small):
     store = first[0]/"tiny"/"store"
     (beside/"tiny"/"store").unlink()
     shutil.copytree(store, beside/"tiny"/"store", copy_function=os.link)
@@ -217,53 +217,53 @@ def test_a_damaged_shard_is_found_in_training(saenb, one_sentence, first, beside
     data[-3] ^= 255
     shard.unlink()
     shard.write_bytes(data)
-    one_sentence(saenb("run", "orthogonality/0", "--steps", 40, "--out", beside), str(shard), "damaged")
+    one_sentence(saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", beside), str(shard), "damaged")
     assert not (beside/RECORD/"sae").exists()
     shard.unlink()
     os.link(store/shard.name, shard)
-    done = saenb("run", "orthogonality/0", "--steps", 40, "--out", beside, "--json")
+    done = saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", beside, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["final_loss"] == first[1]["final_loss"]
 
 
-def test_a_dictionary_of_another_width(saenb, one_sentence, first, tmp_path):
+def test_a_dictionary_of_another_width(saenb, one_sentence, first, tmp_path, small):
     from saenb.sae import SAE, SAEConfig
     SAE(SAEConfig(d_in=64, d_sae=8)).save(tmp_path/"narrow")
-    one_sentence(saenb("eval", tmp_path/"narrow", "--out", first[0]), "width 64", "192 wide")
+    one_sentence(saenb("eval", tmp_path/"narrow", "--preset", small, "--out", first[0]), "width 64", "192 wide")
     assert not (tmp_path/"narrow"/"evals").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
-def test_a_folder_that_may_not_be_written(saenb, one_sentence, tmp_path):
+def test_a_folder_that_may_not_be_written(saenb, one_sentence, tmp_path, small):
     (tmp_path/"closed").mkdir(mode=0o555)
-    one_sentence(saenb("run", "orthogonality/0", "--steps", 40, "--out", tmp_path/"closed"), "closed", "cannot be written")
+    one_sentence(saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", tmp_path/"closed"), "closed", "cannot be written")
 
 
 @as_root
-def test_a_disk_that_is_read_only(saenb, one_sentence, mounted):
+def test_a_disk_that_is_read_only(saenb, one_sentence, mounted, small):
     disk = mounted("ro,size=1m")
-    one_sentence(saenb("run", "orthogonality/0", "--steps", 40, "--out", disk), str(disk))
+    one_sentence(saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", disk), str(disk))
 
 
-def test_a_folder_that_is_a_file(saenb, one_sentence, tmp_path):
+def test_a_folder_that_is_a_file(saenb, one_sentence, tmp_path, small):
     (tmp_path/"file").write_text("not a folder")
-    one_sentence(saenb("run", "orthogonality/0", "--steps", 40, "--out", tmp_path/"file"), str(tmp_path/"file"))
+    one_sentence(saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", tmp_path/"file"), str(tmp_path/"file"))
 
 
 @as_root
 def test_a_disk_that_is_too_small(saenb, one_sentence, mounted):
     disk = mounted("size=3m")
-    one_sentence(saenb("run", "orthogonality/0", "--steps", 40, "--out", disk), str(disk))
+    one_sentence(saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", disk), str(disk))
     assert not list(disk.rglob("*.safetensors")) and not list(disk.rglob("*.part"))
 
 
 @as_root
-def test_a_disk_that_fills_up_in_training(saenb, one_sentence, mounted, beside):
+def test_a_disk_that_fills_up_in_training(saenb, one_sentence, mounted, beside, small):
     """Room enough when training begins; then somebody else takes it."""
     disk = mounted("size=12m")
     (disk/"tiny").mkdir()
     for name in ("store", "cache"): (disk/"tiny"/name).symlink_to((beside/"tiny"/name).resolve())
-    process = start("run", "orthogonality/0", "--steps", 400, "--out", disk, cwd=disk.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start("run", "orthogonality/0", "--preset", small, "--steps", 400, "--out", disk, cwd=disk.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (disk/RECORD/"train_log.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -275,13 +275,13 @@ def test_a_disk_that_fills_up_in_training(saenb, one_sentence, mounted, beside):
     process.wait(60)
     one_sentence(process, str(disk), "No space left")
     (disk/"other").unlink()
-    done = saenb("run", "orthogonality/0", "--steps", 400, "--out", disk)
+    done = saenb("run", "orthogonality/0", "--preset", small, "--steps", 400, "--out", disk)
     assert done.returncode == 0, done.stderr
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(saenb, first, beside, tmp_path):
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(saenb, first, beside, tmp_path, small):
     """kill -9 in the harvest, in training before and after the first checkpoint, and in the evaluation."""
-    command = ("run", "orthogonality/0", "--steps", 560, "--out")
+    command = ("run", "orthogonality/0", "--preset", small, "--steps", 560, "--out")
     whole = saenb(*command, beside)
     assert whole.returncode == 0, whole.stderr
     out = tmp_path/"killed"
@@ -306,9 +306,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(saenb, first, beside, 
     assert json.loads((record/"final_info.json").read_text())["training_steps"] == 560
 
 
-def test_ctrl_c_is_one_sentence(beside, tmp_path):
+def test_ctrl_c_is_one_sentence(beside, tmp_path, small):
     log = beside/RECORD/"train_log.jsonl"
-    process = start("run", "orthogonality/0", "--steps", 100000, "--out", beside, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = start("run", "orthogonality/0", "--preset", small, "--steps", 100000, "--out", beside, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert stop(process, lambda: log.exists() and log.stat().st_size, signal.SIGINT) == 130
     said = process.stderr.read()
     assert "Traceback" not in said and said.splitlines()[-1] == "saenb: Stopped; what was finished is kept, and the same command goes on from there."

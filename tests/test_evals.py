@@ -11,16 +11,11 @@ from saenb.evals.controls import untrained
 from saenb.evals.table import EVALS, evaluation
 from saenb.harvest import is_text
 from saenb.lab import judge
-from saenb.presets import preset
 from saenb.sae import SAE, SAEConfig
 
 FIELDS = {"eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details", "sae_bench_commit_hash",
           "sae_lens_id", "sae_lens_release_id", "sae_lens_version", "sae_cfg_dict", "eval_result_unstructured"}
 OTHERS = [name for name in EVALS if name != "unlearning"] # which has tests of its own, and is slower
-
-
-@pytest.fixture(scope="module")
-def setting(): return preset("tiny")
 
 
 @pytest.fixture(scope="module")

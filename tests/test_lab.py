@@ -25,9 +25,9 @@ def out(work):
 
 
 @pytest.fixture(scope="module")
-def made(out):
+def made(out, small):
     """Make or find a short record."""
-    return lambda id, steps=STEPS, out=out, **options: run(id, out=out, steps=steps, progress=False, **options)
+    return lambda id, steps=STEPS, out=out, preset=small, **options: run(id, preset, out=out, steps=steps, progress=False, **options)
 
 
 @pytest.fixture(scope="module")

@@ -31,14 +31,14 @@ def directives(cell): return dict(re.findall(r"^#\|[ \t]*([\w-]+)(?::[ \t]*(\S+)
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory, once, harvested):
+def copy(tmp_path_factory, once):
     """The notebooks in a project of their own, with the records that are committed, so that running them changes nothing here. The baseline, which many show, is made once for all workers."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT/"settings.ini", folder)
     shutil.copytree(NBS, folder/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for name in ("runs", "figures"):
         if (ROOT/name).exists(): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("sae", "store", "cache", "checkpoint*", "tiny"))
-    made = once("baseline", lambda draft: shutil.copytree(harvested, draft) and run("orthogonality/0", out=draft, progress=False))
+    made = once("baseline", lambda draft: run("orthogonality/0", out=draft, progress=False))
     shutil.copytree(made/"tiny", folder/"runs"/"tiny")
     return folder
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ROTATIONS', 'GROUPS', 'AGREE', 'FEWEST_PAIRS', 'POOLINGS', 'PositionalSetup', 'check_setup', 'rotated_positions',
            'part_of', 'states', 'information', 'Tally', 'token_groups', 'tally', 'specialisation', 'jackknife',
-           'mean_over', 'correlation', 'fidelity', 'LabelledOrder', 'order_files', 'SentenceOrder', 'twin_rows',
-           'pooled', 'text_vectors', 'pair_scores', 'best_features', 'probes', 'mean_interval', 'order_probing',
-           'task_rows', 'references', 'evaluate', 'at_best', 'numbers', 'detail', 'headline', 'table', 'plot',
-           'retention', 'retained_total']
+           'mean_over', 'correlation', 'fidelity', 'profiles', 'LabelledOrder', 'order_files', 'SentenceOrder',
+           'twin_rows', 'pooled', 'text_vectors', 'pair_scores', 'best_features', 'probes', 'mean_interval',
+           'order_probing', 'task_rows', 'references', 'evaluate', 'at_best', 'numbers', 'detail', 'headline', 'table',
+           'plot', 'retention', 'retained_total']
 
 # %% ../../nbs/16_positional.ipynb #4a18e3c6
 import random
@@ -172,6 +172,12 @@ def fidelity(seen: Tally) -> torch.Tensor:
     halves = [passed[i::2].sum(0) / came[i::2].sum(0) for i in (0, 1)]
     follows = correlation(passed.sum(0) / came.sum(0), active.sum(0) / seen.tokens[:, 0].sum(0).double()[:, None])
     return torch.where(correlation(*halves) > AGREE, follows, torch.nan)
+
+def profiles(seen: Tally, count: int = 64) -> list:
+    "What passes the gates in each part, of features evenly spread from the first to the last; None where nothing came."
+    some = torch.linspace(0, seen.came.shape[-1] - 1, min(count, seen.came.shape[-1])).long()
+    passes = seen.passed[..., some].double().sum(0) / seen.came[..., some].double().sum(0)
+    return [[round(v, 4) if v == v else None for v in row] for row in passes.T.tolist()]
 
 AGREE = 0.8 # correlation of the two halves' profiles from which on they are one mask
 
@@ -342,7 +348,8 @@ def evaluate(
     ours = summary | dict(
         entropy=found["entropy"].item(), floor=mean_over(found["floor"], alive), alive=int(alive.sum()), masked=int(masked.sum()),
         features={key: numbers(found[key], alive) for key in ("bits", "floor", "share")}
-        | dict(best_part=numbers(seen.active.sum(0).argmax(0), alive), fidelity=numbers(follows, masked) if masked.any() else None))
+        | dict(best_part=numbers(seen.active.sum(0).argmax(0), alive), fidelity=numbers(follows, masked) if masked.any() else None),
+        profiles=profiles(seen) if masked.any() else None)
     details = [dict(detail(task.name, pooling, setup.k_values, mine, known), left_out=task_rows(readings, setup, task)["left_out"])
                for task in setup.order for pooling in POOLINGS]
     value = {name: v and v[0] for name, v in summary.items()}

@@ -65,8 +65,7 @@ class SideBlocks(Mechanism):
             f, n, sae = self.ungated.detach(), self.working, step.sae
             if n < self.d_sae: f = torch.cat([f[:, :n], torch.relu(step.x @ sae.W_enc[:, n:] + (sae.b_enc[n:] - sae.b_dec @ sae.W_enc[:, n:]))], 1)
             self.statistics.see(f, step.side)
-        rate, rise = step.trainer.schedule(step.index + 1)
-        if (step.index + 1) % self.every == 0 and rate == rise: self.decide(step.trainer) # not once the learning rate falls, so that all that is left can settle
+        if (step.index + 1) % self.every == 0 and not step.trainer.settling: self.decide(step.trainer)
 
     def decide(self, trainer):
         "Sort features and let blocks rest."

@@ -7,11 +7,11 @@ __all__ = ['ALL', 'RUNS', 'find_run']
 
 # %% ../../nbs/09_run_table.ipynb #e4cda467
 from ..core import pick
-from . import contrastive, dual_objective, orthogonality
+from . import contrastive, dual_objective, orthogonality, positional
 from .base import BASELINES, EXPERIMENTS, Run
 
 # %% ../../nbs/09_run_table.ipynb #1158558a
-ALL = (*BASELINES, *orthogonality.RUNS, *contrastive.RUNS, *dual_objective.RUNS)
+ALL = (*BASELINES, *orthogonality.RUNS, *positional.RUNS, *contrastive.RUNS, *dual_objective.RUNS)
 RUNS: dict[str, Run] = {run.id: run for experiment in EXPERIMENTS for run in ALL if run.experiment == experiment} # every run by id, experiment after experiment
 
 def find_run(id: str) -> Run:
