@@ -479,6 +479,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                            'saenb.lab.store_of': ('lab.html#store_of', 'saenb/lab.py'),
                            'saenb.lab.sweep_of': ('lab.html#sweep_of', 'saenb/lab.py'),
                            'saenb.lab.tiny_exam': ('lab.html#tiny_exam', 'saenb/lab.py'),
+                           'saenb.lab.tiny_record': ('lab.html#tiny_record', 'saenb/lab.py'),
                            'saenb.lab.tiny_sae': ('lab.html#tiny_sae', 'saenb/lab.py'),
                            'saenb.lab.tiny_store': ('lab.html#tiny_store', 'saenb/lab.py'),
                            'saenb.lab.workspace': ('lab.html#workspace', 'saenb/lab.py')},

@@ -288,7 +288,7 @@ def specialisation_retained(material: Material) -> Figure | None:
         if run not in found: continue
         along = found[run]
         for ax, key in zip(axes, ("bits", "retention")):
-            ax.plot(range(len(along["steps"])), [np.nan if v is None else v for v in along[key]], "o-", ms=3, lw=1, color=f"C{i % 10}", ls="-" if i < 10 else "--", label=title)
+            ax.plot(range(len(along["steps"])), [np.nan if v is None else v for v in along[key]], marker="o", ms=3, lw=1, color=f"C{i % 10}", ls="-" if i < 10 else "--", label=title)
     for ax, name in zip(axes, ("bits that a feature tells of position, mean", "correlation with what each told at the start")):
         ax.set_title(name, fontsize=9)
         ax.set_xticks(range(len(along["steps"])), along["steps"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model_of', 'store_of', 'readings_of', 'exam_of', 'judge', 'run', 'controls', 'analyse', 'reproduce', 'sweep_of',
-           'workspace', 'committed_runs', 'tiny_store', 'tiny_exam', 'tiny_sae']
+           'workspace', 'committed_runs', 'tiny_store', 'tiny_exam', 'tiny_record', 'tiny_sae']
 
 # %% ../nbs/21_lab.ipynb #fd60e9e9
 import json
@@ -305,8 +305,12 @@ def tiny_exam() -> Exam:
     "The embedded world's exam."
     return exam_of(find_preset("tiny"), workspace())
 
-def tiny_sae() -> SAE:
-    "A trained baseline on the embedded world."
+def tiny_record() -> Record:
+    "A baseline on the embedded world, trained and judged."
     record = run("orthogonality/0", "tiny", 0, workspace(), progress=False)
     if not (record.path/"sae").exists(): shutil.rmtree(record.path)
-    return run("orthogonality/0", "tiny", 0, workspace(), progress=False).sae
+    return run("orthogonality/0", "tiny", 0, workspace(), progress=False)
+
+def tiny_sae() -> SAE:
+    "Its dictionary."
+    return tiny_record().sae

@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from saenb.analyses import chosen_pairs, matching, pairs_between_seeds, step_cost
+from saenb.analyses import chosen_pairs, matching, pairs_between_seeds, specialisation_along, step_cost, told_of_position
 from saenb.lab import analyse, run
 from saenb.pairs import coactivation, jaccard, pair_count, strongest
 from saenb.runs.base import Run
 from saenb.runs.table import find_run
 from saenb.sae import MECHANISMS, SAE, SAEConfig
-from saenb.train import Mechanism
+from saenb.train import Mechanism, TrainConfig, Trainer
 
 
 def reordered(sae, order):
@@ -92,3 +92,27 @@ def test_the_lab_keeps_analyses_and_makes_what_is_missing(records, small):
     run("orthogonality/1", small, 2, out, steps=20, progress=False) # a third seed makes three couples
     again = analyse("orthogonality", small, out)
     assert len(again["pairs_between_seeds"]["orthogonality/1"]["agreement"]) == 3 and again["step_cost"] == found["step_cost"]
+
+
+@pytest.fixture(scope="module")
+def asked(setting):
+    from saenb.lab import readings_of
+    return setting.evals["positional"], readings_of(setting, "positional")
+
+
+def test_hard_masks_tell_of_position_from_the_start_and_retain_it(store, asked):
+    training = TrainConfig(steps=100, lr=1e-3, warmup=10)
+    masked, free = (specialisation_along(find_run(f"positional/{number}"), store, 128, training, *asked, shares=(0, 0.2, 1)) for number in (1, 0))
+    assert masked["steps"] == free["steps"] == [0, 20, 100]
+    assert masked["bits"][0] > 5 * free["bits"][0] and masked["bits"][2] > 2 * free["bits"][2]
+    assert masked["retention"][0] == free["retention"][0] == pytest.approx(1)
+
+
+def test_what_is_looked_at_on_the_way_is_the_training_itself(store, asked):
+    """The last look is at the dictionary that a training without looks ends with."""
+    from saenb.sae import make_mechanism
+    training, run = TrainConfig(steps=30, warmup=5, batch=512), find_run("positional/2")
+    along = specialisation_along(run, store, 64, training, *asked, shares=(0, 0.5, 1))
+    sae = SAE(SAEConfig(d_in=store.d_in, d_sae=64, hook_layer=store.layer)).initialise(store.rows(0, 2**15).x, training.seed)
+    Trainer(sae, store, [make_mechanism(name, settings, sae.cfg) for name, settings in run.mechanisms], training).fit(progress=False)
+    assert told_of_position(sae, *asked)[0] == along["bits"][-1]

@@ -4,7 +4,7 @@ import shutil
 
 from conftest import ROOT
 from saenb.core import write_json
-from saenb.figures import FIGURES, Material, draw_figures, feature_importance, feature_thresholds, last_of_log, side_by_side, switched_off, titled
+from saenb.figures import FIGURES, Material, draw_figures, feature_importance, feature_thresholds, hard_to_soft, last_of_log, position_masks, positional_fidelity, side_by_side, specialisation_retained, switched_off, titled
 
 KEPT = ROOT/"runs"/"tiny-full"
 
@@ -75,3 +75,53 @@ def test_importance_is_drawn_for_the_baseline_and_the_last_run():
     for ax, number in zip(figure.axes, (0, 5)):
         drawn = {patch.get_label(): sum(patch.get_data().values) for patch in ax.patches}
         assert drawn == {side: sum(material.of(number)[0].result("separation")["eval_result_unstructured"]["importance"][side]) for side in ("retain", "forget")}
+
+
+def positional_record(root, number, mechanisms=(), profiles=None, fidelity=None, score=0.2, seed=0, variant=""):
+    """A record of the positional experiment that holds what its figures ask for."""
+    folder = root/"positional"/f"run_{number}{'@' * bool(variant)}{variant}"/f"seed_{seed}"
+    write_json(folder/"config.json", dict(run=dict(id=f"positional/{number}", title=f"Run {number}", mechanisms=list(mechanisms)), preset="made", seed=seed, variant=variant))
+    write_json(folder/"final_info.json", {})
+    (folder/"train_log.jsonl").write_text(json.dumps(dict(step=20, loss=1.0)) + "\n")
+    kept = next((KEPT/"positional"/"run_0").glob("seed_*"))
+    for name in ("unlearning", "positional"):
+        result = json.loads((kept/"evals"/f"{name}.json").read_text())
+        ours = result["eval_result_unstructured"]
+        if name == "unlearning": ours["score"] = score
+        else:
+            ours["profiles"] = profiles
+            ours["features"]["fidelity"] = fidelity
+        write_json(folder/"evals"/f"{name}.json", result)
+
+
+def test_masks_are_shown_where_there_are_some(tmp_path):
+    positional_record(tmp_path, 0)
+    assert position_masks(Material(tmp_path, "positional")) is None and positional_fidelity(Material(tmp_path, "positional")) is None
+    positional_record(tmp_path, 1, profiles=[[1.0, 0.0], [0.0, None]], fidelity=[0.5, None, -0.25, 1.0])
+    figure = position_masks(Material(tmp_path, "positional"))
+    shown = figure.axes[0].images[0].get_array()
+    assert figure.axes[0].get_title() == "Run 1" and shown.filled(-1).tolist() == [[1, 0], [0, -1]]
+    left, right = positional_fidelity(Material(tmp_path, "positional")).axes
+    assert left.lines[0].get_ydata().tolist() == [1.0, 0.5, -0.25] and left.lines[0].get_xdata().tolist() == [0, 0.25, 0.5]
+    assert [t.get_text() for t in right.get_xticklabels()] == ["Run 0", "Run 1"]
+
+
+def test_temperatures_stand_in_order_from_hard_to_none(tmp_path):
+    soft = lambda t: [dict(name="SoftMask", settings=dict(temperature=t))]
+    positional_record(tmp_path, 0, score=0.9)
+    positional_record(tmp_path, 1, score=0.1)
+    positional_record(tmp_path, 3, soft(0.5), score=0.4)
+    assert hard_to_soft(Material(tmp_path, "positional")) is None # two temperatures are no row
+    positional_record(tmp_path, 2, soft(0.1), score=0.2)
+    positional_record(tmp_path, 3, soft(2.0), score=0.7, variant="temperature=2.0")
+    ax = hard_to_soft(Material(tmp_path, "positional")).axes[0]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0 (hard)", "0.1", "0.5", "2", "no mask"]
+    assert [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "_"] == [0.1, 0.2, 0.4, 0.7, 0.9]
+
+
+def test_specialisation_is_drawn_along_training(tmp_path):
+    positional_record(tmp_path, 1)
+    assert specialisation_retained(Material(tmp_path, "positional")) is None
+    write_json(tmp_path/"positional"/"specialisation_along.json", {"positional/1": dict(steps=[0, 10, 100], bits=[0.5, 0.3, 0.2], retention=[1.0, 0.8, None])})
+    bits, kept = specialisation_retained(Material(tmp_path, "positional")).axes
+    assert list(bits.lines[0].get_ydata()) == [0.5, 0.3, 0.2] and list(kept.lines[0].get_ydata()[:2]) == [1.0, 0.8] and [t.get_text() for t in kept.get_xticklabels()] == ["0", "10", "100"]

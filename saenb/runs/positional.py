@@ -355,7 +355,7 @@ def told_of_others(f: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/07_positional.ipynb #4812fdf2
 ROUTED = dict(heads=8, memory=0.99)
-RESETS = (UsageResets.__name__, dict(least=0.01, memory=0.99, every=100))
+RESETS = (UsageResets.__name__, dict(least=0.01, relative=True, memory=0.99, every=100))
 
 RUNS = (
     Run("positional/1", "Hard Masks", "Each feature speaks in one eighth of the text alone.",
@@ -368,7 +368,7 @@ RUNS = (
     Run("positional/4", "Hybrid Masks", "A score of the token's content is blended with the mask, as far as each feature learns to.",
         (("HybridMask", dict(temperature=0.5)),), builds_on="positional/3"),
     Run("positional/5", "Adaptive Evolution", "Masks follow where features would be active, sharper for those that are used much, and idle features begin anew.",
-        (("EvolvingMask", dict(temperature=1.0)), RESETS), builds_on="positional/4"),
+        (("EvolvingMask", dict(temperature=1.0)), RESETS), builds_on="positional/4", sweep=(dict(relative=False), dict(without="UsageResets"))),
     Run("positional/6", "Attention Routing", "No masks by position; eight heads attend from tokens to groups of features, and idle features begin anew.",
         (("FeatureRouter", ROUTED | dict(groups=64)), RESETS), builds_on="positional/0"),
     Run("positional/7", "Contrastive Routing", "Tokens of one position have to be told from those of others by their features.",
