@@ -18,6 +18,9 @@ myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]  # show_doc heads with ### whatever level comes before
 
 templates_path = ["_templates"]
+html_static_path = ["_static"]
+html_js_files = ["sortable.js"]
+html_css_files = ["site.css"]
 html_theme = "pydata_sphinx_theme"
 html_sidebars = {"**": ["all-pages.html"]}
 html_theme_options = {

@@ -6,8 +6,8 @@
 __all__ = ['FIGURES', 'Material', 'named', 'side_by_side', 'titled', 'last_of_log', 'switched_off', 'correlations_of',
            'fixed_or_adaptive', 'share_of_pairs', 'absorption_removed', 'pair_stability', 'feature_thresholds',
            'feature_groups', 'separations', 'feature_importance', 'feature_separation', 'positions_known',
-           'position_masks', 'positional_fidelity', 'hard_to_soft', 'specialisation_retained', 'scores', 'losses',
-           'draw_figures']
+           'position_masks', 'positional_fidelity', 'hard_to_soft', 'specialisation_retained', 'everything', 'scores',
+           'losses', 'draw_figures']
 
 # %% ../nbs/20_figures.ipynb #653569cf
 from dataclasses import dataclass
@@ -298,6 +298,33 @@ def specialisation_retained(material: Material) -> Figure | None:
     fig.suptitle(f"{material.experiment}, one training of each run", fontsize=9)
     return fig
 
+# %% ../nbs/20_figures.ipynb #05731783
+def everything(root: str | Path) -> Figure | None:
+    "All runs in one picture; shaded is the interval of each experiment's baseline, and lines are controls."
+    materials = [m for m in (Material(Path(root), experiment) for experiment in EXPERIMENTS) if m.records]
+    if len(materials) < 2: return None
+    rows = [(material, title, records) for material in materials for title, records in titled(material).items()]
+    fig = Figure(figsize=(10, 1.4 + 0.23 * len(rows)), layout="constrained")
+    for ax, measure in zip(fig.subplots(1, 2, sharey=True), ("score", "selectivity")):
+        for i, (material, _, records) in enumerate(rows):
+            mean, low, high = over_seeds([r.unlearning[measure] for r in records])
+            color = f"C{materials.index(material)}"
+            ax.plot(mean, -i, "o", ms=4, color=color)
+            if np.isfinite(low): ax.plot([max(0, low), min(1, high)], [-i, -i], color=color, lw=1.2)
+        for material in materials:
+            mine = [-i for i, (m, _, _) in enumerate(rows) if m is material]
+            low, high = over_seeds([r.unlearning[measure] for r in material.of(0)])[1:] if material.of(0) else (np.nan, np.nan)
+            if np.isfinite(low): ax.fill_betweenx([mine[0] + 0.4, mine[-1] - 0.4], max(0, low), min(1, high), color=f"C{materials.index(material)}", alpha=0.12, lw=0)
+        for name, style in (("ceiling", "-"), ("principal components", "--"), ("untrained", ":")):
+            values = [c[name][measure] for c in materials[0].controls if measure in c.get(name, {})]
+            if values: ax.axvline(np.mean(values), color="0.4", lw=1, ls=style, label=name)
+        ax.set_title(measure, fontsize=10)
+        ax.set_xlim(-0.03, 1)
+        ax.set_yticks([-i for i in range(len(rows))], [title for _, title, _ in rows], fontsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(*ax.get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=3)
+    return fig
+
 # %% ../nbs/20_figures.ipynb #e4d144e3
 def scores(material: Material) -> Figure: return unlearning_scores(material.records, material.controls, material.title)
 def losses(*terms): return lambda material: training_curves(material.records, terms, material.title)
@@ -317,5 +344,6 @@ def draw_figures(root: str | Path, out: str | Path) -> list[Path]:
         material = Material(Path(root), experiment)
         if not material.records: continue
         made += [keep(figure, Path(out)/experiment/f"{name}.png") for name, draw in FIGURES[experiment].items() if (figure := draw(material))]
+    if figure := everything(root): made.append(keep(figure, Path(out)/"overview"/"all_runs.png"))
     if not made: raise SaenbError(f"There is no finished record below {root}; make some with `saenb reproduce`.")
     return made

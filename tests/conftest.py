@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ: # several at work share the processor
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.hookimpl(tryfirst=True) # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Workers take whole files, which share what is costly to make; notebooks are run one by one."""
     for item in items: item.add_marker(pytest.mark.xdist_group(item.name if "runs_from_top" in item.name else item.path.stem))
@@ -41,16 +42,27 @@ def store(world, model, tmp_path_factory):
 def once(tmp_path_factory):
     """Have one of the workers make a folder, and the others wait for it and use it too."""
     from filelock import FileLock
+    import torch
     base = tmp_path_factory.getbasetemp()
 
     def make(name, fill):
         folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)/name
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
+                own = torch.get_num_threads()
+                torch.set_num_threads(os.cpu_count()) # the others wait
                 fill(draft := folder.with_name(f"{name}-draft"))
+                torch.set_num_threads(own)
                 draft.rename(folder)
         return folder
     return make
+
+
+@pytest.fixture(scope="session")
+def baseline_made(once):
+    """A folder with the embedded world's store, its list of known questions, and the record of a baseline, which many notebooks show."""
+    from saenb.lab import run
+    return once("baseline", lambda draft: run("orthogonality/0", out=draft, progress=False))
 
 
 @pytest.fixture(scope="session")

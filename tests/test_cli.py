@@ -78,7 +78,7 @@ def test_help_comes_at_once(saenb):
         seconds.append(time.perf_counter() - began)
         assert done.returncode == 0
     listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ") and line[4] != " "}
-    assert {"runs", "run", "reproduce", "eval", "autopsy", "compare", "figures", "world"} <= listed
+    assert {"runs", "run", "reproduce", "eval", "autopsy", "explore", "compare", "figures", "world"} <= listed
     assert min(seconds) < 0.5
 
 
@@ -169,6 +169,15 @@ def test_an_autopsy_in_words(saenb, first, sae, small):
     assert "  training steps: 40" in lines
 
 
+def test_a_page_shows_every_feature(saenb, first, sae, tmp_path, small):
+    done = saenb("explore", sae, "--preset", small, "--records", first[0], "--out", tmp_path/"pages"/"features.html", "--effects", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["page"] == str(tmp_path/"pages"/"features.html") and made["features"] == 768
+    text = (tmp_path/"pages"/"features.html").read_text(encoding="utf-8")
+    assert "<title>Features of orthogonality/0</title>" in text and '"features": 768' in text
+
+
 def test_figures_are_drawn_from_records(saenb, first, tmp_path):
     done = saenb("figures", "--out", first[0], "--figures", tmp_path/"figures", "--json")
     assert done.returncode == 0, done.stderr
@@ -192,6 +201,8 @@ def test_the_world_shows_itself(saenb, world):
     ("eval . --evals unlerning", ["no evaluation called 'unlerning'", "did you mean unlearning"]),
     ("eval .", ["holds no dictionary", "cfg.json"]),
     ("autopsy nowhere", ["nowhere holds no dictionary"]),
+    ("explore nowhere", ["nowhere holds no dictionary"]),
+    ("explore . --contexts none", ["--contexts", "'none'"]),
     ("figures", ["no finished record below runs/tiny"]),
     ("figures --preset tny", ["tny"]),
     ("world build . --overlap 2", ["overlap", "between 0 and 1"]),
@@ -251,7 +262,7 @@ def test_a_folder_that_is_a_file(saenb, one_sentence, tmp_path, small):
 
 
 @as_root
-def test_a_disk_that_is_too_small(saenb, one_sentence, mounted):
+def test_a_disk_that_is_too_small(saenb, one_sentence, mounted, small):
     disk = mounted("size=3m")
     one_sentence(saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", disk), str(disk))
     assert not list(disk.rglob("*.safetensors")) and not list(disk.rglob("*.part"))
@@ -263,7 +274,7 @@ def test_a_disk_that_fills_up_in_training(saenb, one_sentence, mounted, beside, 
     disk = mounted("size=12m")
     (disk/"tiny").mkdir()
     for name in ("store", "cache"): (disk/"tiny"/name).symlink_to((beside/"tiny"/name).resolve())
-    process = start("run", "orthogonality/0", "--preset", small, "--steps", 400, "--out", disk, cwd=disk.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start("run", "orthogonality/0", "--preset", small, "--steps", 160, "--out", disk, cwd=disk.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (disk/RECORD/"train_log.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -275,7 +286,7 @@ def test_a_disk_that_fills_up_in_training(saenb, one_sentence, mounted, beside, 
     process.wait(60)
     one_sentence(process, str(disk), "No space left")
     (disk/"other").unlink()
-    done = saenb("run", "orthogonality/0", "--preset", small, "--steps", 400, "--out", disk)
+    done = saenb("run", "orthogonality/0", "--preset", small, "--steps", 160, "--out", disk)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from saenb.compare import as_markdown, as_table, compare, differences, records_under, write_comparison
+from saenb.compare import as_html, as_markdown, as_table, compare, differences, records_under, write_comparison
 from saenb.core import SaenbError, write_json
 
 SCORES = {"orthogonality/0": [0.10, 0.20, 0.12], "orthogonality/1": [0.31, 0.38, 0.35], "orthogonality/2": [0.05, 0.30, 0.11]}
@@ -70,6 +70,28 @@ def test_the_table_of_a_report(root):
     assert cells[0] == ["run", "score", "cost"] and [c[0] for c in cells[2:]] == [f"Run {i}<br>orthogonality/{i}" for i in range(3)]
     assert cells[3][1].startswith("**0.347**<br>") and cells[2][1].startswith("0.140<br>") and "**" not in cells[4][1]
     assert cells[3][2] == "1.20<br>0.95 to 1.45" and cells[4][2] == ""
+
+
+def test_the_table_of_the_site(root):
+    """Its cells hold the numbers that they are sorted by, and what a title holds is shown and not obeyed."""
+    from html.parser import HTMLParser
+    record(root, "orthogonality/1", 0, 0.5, "lr=<i>")
+    rows = compare(records_under([root]))
+    for r in rows: r["title"] = f"<script>{r['title']}"
+    text = as_html(rows, ["score"], {"step cost": {"orthogonality/1": [1.0, 2.0]}})
+    class Cells(HTMLParser):
+        found, tags = [], set()
+        def handle_starttag(self, tag, attributes):
+            self.tags.add(tag)
+            if tag == "tr": self.found.append([])
+            if tag == "td": self.found[-1].append(dict(attributes).get("data-value"))
+    reader = Cells()
+    reader.feed(text)
+    assert reader.tags <= {"table", "thead", "tbody", "tr", "th", "td", "b", "br", "small"} and "&lt;script&gt;Run 1" in text and "lr=&lt;i&gt;" in text
+    body = reader.found[1:]
+    assert sorted(float(line[0]) for line in body) == pytest.approx(sorted([*(np.mean(v) for v in SCORES.values()), 0.5]))
+    assert [line[1] for line in body if float(line[0]) == np.mean(SCORES["orthogonality/1"])] == ["1.5"] and sum(line[1] is not None for line in body) == 1
+    assert text.count("<b>") == 1 # of the three runs one differs
 
 
 def test_differences_are_listed_with_what_luck_would_give(root):

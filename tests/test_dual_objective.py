@@ -196,7 +196,6 @@ def test_gates_keep_the_sides_apart(number, name, train, unseen):
     trainer, x = train(mechanisms_of(number, **{name: dict(both=0.1)})), unseen.x.float()
     forget, retain = (openness := part(trainer, name).openness())
     assert (forget - retain).abs().mean() > 0.1 and (openness.amin(0) < 0.5).any() and (openness.amax(0) == 1).all()
-    print(shared(trainer.sae.encode(x), unseen.side) , shared(trainer.sae.ungated(x), unseen.side))
     assert shared(trainer.sae.encode(x), unseen.side) < 0.97 * shared(trainer.sae.ungated(x), unseen.side)
     assert shared(trainer.sae.encode(x), unseen.side) < shared(train(mechanisms_of(number, without=[name])).sae.encode(x), unseen.side)
 

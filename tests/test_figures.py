@@ -4,7 +4,7 @@ import shutil
 
 from conftest import ROOT
 from saenb.core import write_json
-from saenb.figures import FIGURES, Material, draw_figures, feature_importance, feature_thresholds, hard_to_soft, last_of_log, position_masks, positional_fidelity, side_by_side, specialisation_retained, switched_off, titled
+from saenb.figures import FIGURES, Material, draw_figures, everything, feature_importance, feature_thresholds, hard_to_soft, last_of_log, position_masks, positional_fidelity, side_by_side, specialisation_retained, switched_off, titled
 
 KEPT = ROOT/"runs"/"tiny-full"
 
@@ -125,3 +125,17 @@ def test_specialisation_is_drawn_along_training(tmp_path):
     write_json(tmp_path/"positional"/"specialisation_along.json", {"positional/1": dict(steps=[0, 10, 100], bits=[0.5, 0.3, 0.2], retention=[1.0, 0.8, None])})
     bits, kept = specialisation_retained(Material(tmp_path, "positional")).axes
     assert list(bits.lines[0].get_ydata()) == [0.5, 0.3, 0.2] and list(kept.lines[0].get_ydata()[:2]) == [1.0, 0.8] and [t.get_text() for t in kept.get_xticklabels()] == ["0", "10", "100"]
+
+
+def test_all_runs_stand_beside_their_baselines_and_the_controls(tmp_path):
+    figure = everything(KEPT)
+    assert [ax.get_title() for ax in figure.axes] == ["score", "selectivity"]
+    titles = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    for experiment in ("orthogonality", "contrastive", "dual_objective"):
+        for title, records in titled(Material(KEPT, experiment)).items():
+            assert title in titles
+            drawn = {line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"}
+            assert any(abs(sum(r.unlearning["score"] for r in records) / len(records) - x) < 1e-9 for x in drawn)
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"ceiling", "principal components", "untrained"}
+    positional_record(tmp_path, 0)
+    assert everything(tmp_path) is None # one experiment has figures of its own

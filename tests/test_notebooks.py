@@ -10,7 +10,6 @@ import nbformat
 import pytest
 
 from conftest import ROOT
-from saenb.lab import run
 
 NBS = ROOT/"nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.relative_to(NBS).parts))
@@ -31,15 +30,14 @@ def directives(cell): return dict(re.findall(r"^#\|[ \t]*([\w-]+)(?::[ \t]*(\S+)
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory, once):
-    """The notebooks in a project of their own, with the records that are committed, so that running them changes nothing here. The baseline, which many show, is made once for all workers."""
+def copy(tmp_path_factory, baseline_made):
+    """The notebooks in a project of their own, with the records that are committed, so that running them changes nothing here."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT/"settings.ini", folder)
     shutil.copytree(NBS, folder/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for name in ("runs", "figures"):
         if (ROOT/name).exists(): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("sae", "store", "cache", "checkpoint*", "tiny"))
-    made = once("baseline", lambda draft: run("orthogonality/0", out=draft, progress=False))
-    shutil.copytree(made/"tiny", folder/"runs"/"tiny")
+    shutil.copytree(baseline_made/"tiny", folder/"runs"/"tiny")
     return folder
 
 

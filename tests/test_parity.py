@@ -1,5 +1,4 @@
 """The figures on which saenb and SAEBench agreed, computed again on our side. `python benchmarks/parity.py` makes them."""
-import copy
 import json
 import runpy
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from saenb.evals import sparse_probing
 from saenb.evals.base import Readings
-from saenb.evals.unlearning import REFERENCE, score_of
+from saenb.evals.unlearning import REFERENCE, Exam, score_of
 
 ROOT = Path(__file__).parent.parent
 AGREED = json.loads((ROOT/"tests"/"parity.json").read_text())
@@ -25,11 +24,9 @@ def tokens(parity, model): return parity.tokens(model)
 
 
 @pytest.fixture(scope="module")
-def asked(parity, exam, world):
-    "The exam under the reference's settings."
-    asked = copy.copy(exam)
-    asked.setup = parity.unlearning_setup(world)
-    return asked
+def asked(parity, world, model, baseline_made):
+    "All of the world's questions, under the reference's settings."
+    return Exam(model, parity.unlearning_setup(world), world.layer, cache=baseline_made/"tiny"/"cache")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +49,7 @@ def test_the_figures_are_about_the_shipped_world(parity, world, tokens):
     assert UNLEARNING["setup"] == parity.UNLEARNING and PROBING["setup"] == json.loads(json.dumps(parity.PROBING))
 
 
-def test_the_same_questions_are_known(exam): assert {subject: " ".join(map(str, known)) for subject, known in exam.known.items()} == UNLEARNING["known"]
+def test_the_same_questions_are_known(asked): assert {subject: " ".join(map(str, known)) for subject, known in asked.known.items()} == UNLEARNING["known"]
 
 
 def test_every_setting_chooses_the_same_features_and_leaves_the_same_questions_right(parity, answers):

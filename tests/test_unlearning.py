@@ -127,7 +127,7 @@ def test_controls_stand_where_they_must(exam, results, trained):
     score = {name: r["score"] for name, r in found.items()}
     assert score["untrained"] == 0.0 == evaluate(exam.model, as_logged(trained.cfg), exam.setup, exam)["eval_result_unstructured"]["score"]
     assert score["ceiling"] >= 0.6 and score["ceiling"] > score["components"]
-    assert found["trained"]["interval"][0] > 0 and found["trained"]["interval"][1] < score["ceiling"]
+    assert found["trained"]["selectivity_interval"][0] > 0 and found["trained"]["selectivity_interval"][1] < found["ceiling"]["selectivity"]
     lots = random_features(exam, trained, draws=4)
     assert len(lots["scores"]) == 4 and lots["mean"] < score["trained"]
 
