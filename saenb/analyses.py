@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
+from tqdm.auto import tqdm
 
 from .evals.base import Readings
 from .evals.positional import PositionalSetup, mean_over, retention, specialisation, tally
@@ -109,10 +110,12 @@ def specialisation_along(run: Run, store: Store, d_sae: int, training: TrainConf
     sae = SAE(SAEConfig(d_in=store.d_in, d_sae=d_sae, hook_layer=store.layer)).initialise(store.rows(0, 2**15).x, training.seed)
     trainer = Trainer(sae, store, [make_mechanism(name, settings, sae.cfg) for name, settings in run.mechanisms], replace(training, **run.training))
     steps, looks = [round(share * trainer.steps) for share in shares], []
-    for batch in store.batches(training.batch, training.seed, 0, trainer.cfg.balanced):
-        if trainer.index in steps:
-            trainer.flush()
-            looks.append(told_of_position(sae, setup, readings))
-        if trainer.index == trainer.steps: break
-        trainer.one_step(replace(batch, x=batch.x.float()))
+    with tqdm(total=trainer.steps, desc=f"watch {run.id}", unit="step", leave=False) as bar:
+        for batch in store.batches(training.batch, training.seed, 0, trainer.cfg.balanced):
+            if trainer.index in steps:
+                trainer.flush()
+                looks.append(told_of_position(sae, setup, readings))
+            if trainer.index == trainer.steps: break
+            trainer.one_step(replace(batch, x=batch.x.float()))
+            bar.update()
     return dict(steps=steps, bits=[mean for mean, _ in looks], retention=retention([each for _, each in looks]))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'records_under', 'baseline_of', 'numbers', 'compare', 'as_csv', 'as_table', 'as_markdown', 'as_html',
-           'differences', 'plot', 'write_comparison']
+           'verdicts', 'differences', 'plot', 'write_comparison']
 
 # %% ../nbs/20_compare.ipynb #c18ea822
 import csv
@@ -127,6 +127,18 @@ def as_html(rows: list[dict], measures: list[str], more: dict[str, dict[str, lis
         lines.append(f"<tr><th>{html.escape(title)}<br><small>{html.escape(f'{run} {variant}'.strip())}</small></th>{''.join(cells)}</tr>")
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in ("run", *columns))
     return f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>\n' + "\n".join(lines) + "\n</tbody></table>"
+
+def verdicts(rows: list[dict], measures: tuple[str, ...] = ("score", "selectivity")) -> str:
+    "What each run does to some measures of which more is better, as a markdown table: it helps or harms where a difference from the baseline leaves out zero."
+    found = {(r["run"], r["variant"], r["measure"]): r for r in rows if r["measure"] in measures and r["differs"] is not None}
+    lines = []
+    for run, variant in dict.fromkeys(key[:2] for key in found):
+        mine = [found[run, variant, m] for m in measures if (run, variant, m) in found]
+        sure = [r for r in mine if r["differs"]]
+        says = "helps" if sure and all(r["difference"] > 0 for r in sure) else "harms" if sure and all(r["difference"] < 0 for r in sure) else "both" if sure else f"no difference that {mine[0]['seeds']} seeds show"
+        lines.append([f"{mine[0]['title']}<br>{run} {variant}".strip(), *(f"{r['difference']:+.2f}<br>{r['difference_low']:+.2f} to {r['difference_high']:+.2f}" for r in mine), says])
+    head = ["run", *(f"{m} beside the baseline's" for m in measures), "verdict"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 def differences(rows: list[dict], measures: list[str]) -> str:
     "The differences from the baseline that leave out zero, a line each; and how many were looked at."

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from saenb.compare import as_html, as_markdown, as_table, compare, differences, records_under, write_comparison
+from saenb.compare import as_html, as_markdown, as_table, compare, differences, records_under, verdicts, write_comparison
 from saenb.core import SaenbError, write_json
 
 SCORES = {"orthogonality/0": [0.10, 0.20, 0.12], "orthogonality/1": [0.31, 0.38, 0.35], "orthogonality/2": [0.05, 0.30, 0.11]}
@@ -98,6 +98,15 @@ def test_differences_are_listed_with_what_luck_would_give(root):
     lines = differences(compare(records_under([root])), ["score", "selectivity"]).splitlines()
     assert [line.split(":")[0] for line in lines[:-2]] == ["- Run 1 (orthogonality/1)"] * 2 and "score +0.207 (" in lines[0]
     assert lines[-1].startswith("2 of 4 differences leave out zero; at 95 %, 0.2 ")
+
+
+def test_verdicts_are_what_the_intervals_say(root):
+    for seed, score in enumerate((0.01, 0.02, 0.015)): record(root, "orthogonality/3", seed, score)
+    record(root, "orthogonality/4", 0, 0.9) # one seed says nothing
+    lines = verdicts(compare(records_under([root])), ("score",)).splitlines()
+    assert {line.split("<br>")[1].split(" ")[0]: line.split("|")[-2].strip() for line in lines[2:]} == {
+        "orthogonality/1": "helps", "orthogonality/2": "no difference that 3 seeds show", "orthogonality/3": "harms"}
+    assert "| +0.21<br>" in lines[2]
 
 
 def test_what_cannot_be_compared(root, tmp_path, saenb, one_sentence):

@@ -306,6 +306,17 @@ def test_features_choose_clusters_and_the_competition_is_learned(train):
     assert fixed.competition == pytest.approx(0.1) and torch.equal(fixed.membership().sum(1), torch.full((16,), 16.0))
 
 
+def test_a_feature_that_begins_anew_is_back_in_its_first_cluster(fresh, store):
+    sae = fresh(d_sae=64)
+    trainer = Trainer(sae, store, [make_mechanism("FeatureRouter", dict(groups=8, competition=0.1, learned=True), sae.cfg)], TrainConfig(steps=30, lr=1e-2, warmup=5, batch=512))
+    trainer.fit(progress=False)
+    router, start = trainer.mechanisms[0], make_mechanism("FeatureRouter", dict(groups=8, competition=0.1, learned=True), sae.cfg)
+    before = router.choice.detach().clone()
+    trainer.renew(torch.tensor([3]), torch.randn(1, 192), torch.randn(256, 192))
+    assert torch.equal(router.choice[:, 3], start.choice[:, 3]) and not torch.equal(before[:, 3], start.choice[:, 3]) and torch.equal(router.choice[:, 4:], before[:, 4:])
+    assert router.weight[3] == 0 and not trainer.optimizer.state[router.choice]["exp_avg"][:, 3].any() and trainer.optimizer.state[router.choice]["exp_avg"][:, 4:].any()
+
+
 def test_group_use_is_followed(train, unseen):
     router = part(trainer := train(mechanisms_of(8)), "FeatureRouter")
     f = trainer.sae.encode(unseen.x.float(), unseen.position).detach()
