@@ -52,8 +52,9 @@ class Material:
 
     @property
     def title(self) -> str:
-        seeds = len({r.seed for r in self.records})
-        return f"{self.experiment}, {self.records[0].config['preset']}, {seeds} seed{'s' * (seeds > 1)}"
+        counts = [len(self.of(number)) for number in {r.run.split("/")[1] for r in self.records}]
+        seeds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else max(counts)
+        return f"{self.experiment}, {self.records[0].config['preset']}, {seeds} seed{'s' * (max(counts) > 1)}"
 
 # %% ../nbs/20_figures.ipynb #44cf5235
 def named(ax, names):

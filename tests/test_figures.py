@@ -119,6 +119,13 @@ def test_temperatures_stand_in_order_from_hard_to_none(tmp_path):
     assert [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "_"] == [0.1, 0.2, 0.4, 0.7, 0.9]
 
 
+def test_the_title_tells_when_runs_have_different_numbers_of_seeds(tmp_path):
+    for seed in range(3): positional_record(tmp_path, 0, seed=seed)
+    assert Material(tmp_path, "positional").title == "positional, made, 3 seeds"
+    positional_record(tmp_path, 1)
+    assert Material(tmp_path, "positional").title == "positional, made, 1 to 3 seeds"
+
+
 def test_specialisation_is_drawn_along_training(tmp_path):
     positional_record(tmp_path, 1)
     assert specialisation_retained(Material(tmp_path, "positional")) is None
