@@ -38,7 +38,7 @@ def reproduce_command(args):
     for name in args.experiments: pick(name, EXPERIMENTS, "experiment")
     preset = f"{args.preset}-full" if args.full and not args.preset.endswith("-full") else args.preset
     figures = args.figures or ("figures" if preset == "tiny-full" else None)
-    records, drawn = reproduce(args.experiments, preset, args.out, figures, args.seeds)
+    records, drawn = reproduce(args.experiments, preset, args.out, figures, args.seeds, args.steps, args.jobs)
     made = dict(records=[str(r.path) for r in records], figures=[str(p) for p in drawn])
     if args.json: return made
     print("\nRecords, one folder a run and seed:", *made["records"], sep="\n  ")
@@ -143,13 +143,15 @@ def parser() -> argparse.ArgumentParser:
     def option(*flags, **options): return flags, options
     preset = option("--preset", default="tiny", help="tiny, tiny-full, gemma-2-2b, or the folder of a world that you built (default: tiny)")
     out = option("--out", default="runs", help="folder of the records (default: runs)")
+    steps = option("--steps", type=whole, help="training steps (default: the preset's)")
     figures = option("--figures", help="folder of the figures (default: with the records; figures/ with --full)")
     sae = option("sae", help="a dictionary's folder, or its name on the hub")
 
     command("runs", runs_command)
-    command("run", run_command, option("id", help="experiment/number, as `saenb runs` lists them"), preset, option("--seed", type=int, default=0), option("--steps", type=whole, help="training steps (default: the preset's)"), out)
+    command("run", run_command, option("id", help="experiment/number, as `saenb runs` lists them"), preset, option("--seed", type=int, default=0), steps, out)
     command("reproduce", reproduce_command, option("experiments", nargs="*", help="some experiments (default: all)"), preset,
-            option("--full", action="store_true", help="the length and seeds that the reports are made of"), option("--seeds", type=whole, help="seeds a run"), out, figures)
+            option("--full", action="store_true", help="the length and seeds that the reports are made of"), option("--seeds", type=whole, help="seeds a run"), steps,
+            option("--jobs", type=whole, help="records under way at the same time (default: one a core on an embedded world, up to 8; otherwise 1)"), out, figures)
     command("eval", eval_command, sae, option("--evals", help=f"some of {', '.join(EVALS)}, with commas between (default: all)"), preset, out,
             option("--force", action="store_true", help="judge again even if the result is there"))
     command("autopsy", autopsy_command, sae, preset, out)

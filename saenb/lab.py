@@ -9,10 +9,14 @@ __all__ = ['model_of', 'store_of', 'readings_of', 'exam_of', 'judge', 'run', 'co
 # %% ../nbs/21_lab.ipynb #fd60e9e9
 import json
 import shutil
-from dataclasses import asdict, replace
+import sys
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import comb
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from .analyses import pairs_between_seeds, specialisation_along, step_cost
 from .core import SaenbError, fingerprint, need_room, pick, read_json, write_json, write_text
@@ -23,8 +27,11 @@ from .evals.table import evaluation
 from .evals.unlearning import Exam, UnlearningSetup
 from .harvest import Store, harvest
 from .figures import draw_figures
+from .jobs import at_once, cores
+from .logbook import write_logs
 from .presets import Preset, preset as find_preset
 from .records import Record, find_records
+from .runs.base import Run
 from .runs.table import RUNS, find_run
 from .sae import CONFIG, WEIGHTS, SAE, SAEConfig, make_mechanism
 from .sources import boot
@@ -100,6 +107,35 @@ def run(
     progress: bool = True, # show bars
 ) -> Record:
     "Make one record, or find it."
+    plan = _plan(id, preset, seed, out, steps, change)
+    record = plan.record
+    if (record.path/"config.json").exists() and record.config != json.loads(json.dumps(plan.config)):
+        raise SaenbError(f"{record.path} holds a record of other settings; choose another --out, or delete that folder.")
+    if record.finished: return record
+    plan.training.count()
+    write_json(record.path/"config.json", plan.config)
+    if not _taken_over(plan, out): _train(plan, out, progress)
+    judge(record.sae, plan.setting, record.path/"evals", plan.setting.recorded, out)
+    _conclude(record, plan.setting, plan.training)
+    (record.path/CHECKPOINT).unlink(missing_ok=True)
+    return record
+
+@dataclass(frozen=True)
+class _Plan:
+    "What a record is made of."
+    definition: Run
+    setting: Preset
+    training: TrainConfig
+    config: dict
+    record: Record
+
+    @property
+    def recipe(self) -> str:
+        "What decides a dictionary's bytes."
+        return fingerprint({k: self.config[k] for k in ("preset", "seed", "layer", "d_sae", "training", "model")} | dict(mechanisms=self.config["run"]["mechanisms"]))
+
+def _plan(id, preset, seed, out, steps=None, change=None) -> _Plan:
+    "What `run` would make."
     definition, setting = find_run(id), find_preset(preset)
     if not isinstance(seed, int) or seed < 0: raise SaenbError(f"The seed is {seed!r}; it has to be a whole number from 0 up.")
     change = dict(change or {})
@@ -112,18 +148,7 @@ def run(
     training = replace(setting.training, seed=seed, **definition.training | change | (dict(steps=steps, tokens=None) if steps is not None else {}))
     config = dict(run=definition.as_dict(), preset=setting.name, seed=seed, variant=variant, layer=setting.layer, d_sae=d_sae, training=asdict(training),
                   model=_model_name(setting))
-    record = Record(folder)
-    if (folder/"config.json").exists() and record.config != json.loads(json.dumps(config)):
-        raise SaenbError(f"{folder} holds a record of other settings; choose another --out, or delete that folder.")
-    if record.finished: return record
-    training.count()
-    write_json(folder/"config.json", config)
-    if not _taken_over(record, config, out):
-        _train(record, definition, setting, training, d_sae, seed, out, progress)
-    judge(record.sae, setting, folder/"evals", setting.recorded, out)
-    _conclude(record, setting, training)
-    (folder/CHECKPOINT).unlink(missing_ok=True)
-    return record
+    return _Plan(definition, setting, training, config, Record(folder))
 
 def _model_name(setting):
     "A model's name, without the place where it happens to lie but with a mark of its weights."
@@ -132,26 +157,26 @@ def _model_name(setting):
     beginnings = [(p.name, p.stat().st_size, p.open("rb").read(2**20).hex()) for p in sorted(folder.glob("*.safetensors"))]
     return f"{_shared(setting)} {fingerprint(beginnings)[:8]}"
 
-def _train(record, definition, setting, training, d_sae, seed, out, progress):
-    "Train the run's dictionary and write it."
-    store = store_of(setting, out)
-    need_room(record.path, 16 * store.d_in * d_sae * 4, "Training this dictionary")
-    cfg = SAEConfig(d_in=store.d_in, d_sae=d_sae, hook_name=store.hook_name, hook_layer=store.layer, model_name=_model_name(setting),
-                    about=dict(run=definition.id, preset=setting.name, seed=seed))
-    sae = SAE(cfg).initialise(store.rows(0, 2**15).x, seed)
-    mechanisms = [make_mechanism(name, settings, cfg) for name, settings in definition.mechanisms]
-    trainer = Trainer(sae, store, mechanisms, training, record.path)
+def _train(plan, out, progress):
+    "Train the plan's dictionary and write it."
+    record, config, store = plan.record, plan.config, store_of(plan.setting, out)
+    need_room(record.path, 16 * store.d_in * config["d_sae"] * 4, "Training this dictionary")
+    cfg = SAEConfig(d_in=store.d_in, d_sae=config["d_sae"], hook_name=store.hook_name, hook_layer=store.layer, model_name=config["model"],
+                    about=dict(run=plan.definition.id, preset=config["preset"], seed=config["seed"]))
+    sae = SAE(cfg).initialise(store.rows(0, 2**15).x, config["seed"])
+    mechanisms = [make_mechanism(name, settings, cfg) for name, settings in plan.definition.mechanisms]
+    trainer = Trainer(sae, store, mechanisms, plan.training, record.path)
     sae = trainer.fit(progress)
     write_json(record.path/"timing.json", dict(training_seconds=round(trainer.seconds, 2), seconds_a_step=round(trainer.seconds / max(1, trainer.steps), 5)))
     sae.save(record.path/"sae") # last, and its configuration last of all: where that is, everything is
 
-def _taken_over(record: Record, config: dict, out) -> bool:
+def _taken_over(plan, out) -> bool:
     "Take over a finished record of the same recipe; true if the dictionary is there."
+    record = plan.record
     if _whole(record): return True
     if (record.path/CHECKPOINT).exists(): return False
-    recipe = _recipe(config)
-    for other in find_records(Path(out)/config["preset"], variant=None):
-        if _recipe(other.config) == recipe and _whole(other):
+    for other in find_records(Path(out)/plan.setting.name, variant=None):
+        if replace(plan, config=other.config).recipe == plan.recipe and _whole(other):
             for path in (other.path/LOG, other.path/"timing.json", *other.path.glob("evals/*.json")):
                 mine = record.path/path.relative_to(other.path)
                 mine.parent.mkdir(exist_ok=True)
@@ -163,10 +188,6 @@ def _taken_over(record: Record, config: dict, out) -> bool:
 def _whole(record):
     "Is the dictionary there, weights and configuration?"
     return all((record.path/"sae"/name).exists() for name in (CONFIG, WEIGHTS))
-
-def _recipe(config):
-    "What decides a dictionary's bytes."
-    return fingerprint({k: config[k] for k in ("preset", "seed", "layer", "d_sae", "training", "model")} | dict(mechanisms=config["run"]["mechanisms"]))
 
 # %% ../nbs/21_lab.ipynb #53211c63
 def _conclude(record: Record, setting: Preset, training):
@@ -208,12 +229,12 @@ def _notes(config, info, ours):
 """
 
 # %% ../nbs/21_lab.ipynb #2efae948
-def controls(preset: str = "tiny", seed: int = 0, out: str | Path = "runs") -> dict:
+def controls(preset: str = "tiny", seed: int = 0, out: str | Path = "runs", steps: int | None = None) -> dict:
     "Judge all controls of a preset, or find what was found; one entry a control."
     setting = find_preset(preset)
     path = Path(out)/setting.name/"controls"/f"seed_{seed}.json"
     if path.exists(): return read_json(path, "controls")
-    exam, store, baseline = exam_of(setting, out), store_of(setting, out), run("orthogonality/0", preset, seed, out).sae
+    exam, store, baseline = exam_of(setting, out), store_of(setting, out), run("orthogonality/0", preset, seed, out, steps).sae
     x = store.rows(0, 2**15).x.float()
     dictionaries = {"as logged": as_logged(baseline.cfg), "untrained": untrained(baseline.cfg, x, seed),
                     "principal components": principal_components(baseline.cfg, x),
@@ -263,22 +284,50 @@ def reproduce(
     out: str | Path = "runs", # where records go
     figures: str | Path | None = None, # where figures go; with the records if not said
     seeds: int | None = None, # seeds a run; the preset's own number if not said
+    steps: int | None = None, # another training length than the preset's
+    jobs: int | None = 1, # records under way at the same time, each in a process of its own; None: as many as the preset and the machine's cores allow
 ) -> tuple[list[Record], list[Path]]:
-    "Make all records, controls and figures that are not there yet."
+    "Make all records, controls, run logs and figures that are not there yet."
     setting = find_preset(preset)
     if seeds == 0: raise SaenbError("With 0 seeds there is nothing to make; ask for 1 or more.")
+    if jobs == 0: raise SaenbError("With 0 jobs nothing would be made; ask for 1 or more.")
+    jobs = jobs or min(setting.at_once, cores())
     chosen = [r for r in RUNS.values() if not experiments or r.experiment in experiments]
-    records = []
+    records, work = [], {}
     for seed in range(seeds or setting.seeds):
         for definition in chosen:
             for change in (None, *sweep_of(definition, setting)):
-                records.append(run(definition.id, preset, seed, out, change=change))
-                print(records[-1])
-        controls(preset, seed, out)
+                plan = _plan(definition.id, preset, seed, out, steps, change)
+                records.append(plan.record)
+                work.setdefault(plan.recipe, []).append((run, dict(id=definition.id, seed=seed, change=change, progress=jobs == 1)))
+        work.setdefault(_plan("orthogonality/0", preset, seed, out, steps).recipe, []).append((controls, dict(seed=seed)))
+    _make_all(list(work.values()), setting, dict(preset=preset, out=out, steps=steps), jobs, len(records))
     if setting.sweep:
         for experiment in dict.fromkeys(r.experiment for r in chosen): analyse(experiment, preset, out)
     root = Path(out)/setting.name
+    write_logs(root)
     return records, draw_figures(root, figures or root/"figures")
+
+def _make_all(work, setting, common, jobs, total):
+    "Make records, those of one recipe one after the other, since they share a dictionary; tell of each."
+    with tqdm(total=total, unit="record") as bar:
+        def told(made):
+            for record in made:
+                bar.write(str(record), file=sys.stderr)
+                bar.update()
+        if jobs == 1 or len(work) == 1:
+            for parts in work:
+                for part in parts: told(_make([part], common))
+            return
+        store_of(setting, common["out"]) # what all of them need is made first, with all cores
+        exam_of(setting, common["out"])
+        with closing(at_once(_make, [(parts, common) for parts in work], jobs)) as ended:
+            for _, made in ended: told(made)
+
+def _make(parts, common):
+    "Make what is asked, in its order; gives the records."
+    made = [make(**common, **asked) for make, asked in parts]
+    return [record for record in made if isinstance(record, Record)]
 
 def sweep_of(definition, setting: Preset) -> tuple[dict, ...]:
     "Changes to a run that are made beside it: where the baseline is swept, the others' analyses are made as well."

@@ -38,6 +38,7 @@ class Preset:
     training: TrainConfig # budget and knobs of a run
     recorded: tuple[str, ...] = tuple(EVALS) # evaluations that every record holds; the others are there for the asking
     seeds: int = 1 # seeds that `reproduce` makes of each run
+    at_once: int = 1 # records that `reproduce` may have under way at the same time, as long as there are cores
     seq_len: int = 128 # context length
     harvest_tokens: int | None = None # tokens in the store; None reads all the texts
     sweep: tuple[dict, ...] = () # changes to the baseline that show what the evaluation can tell apart
@@ -57,7 +58,7 @@ def tiny(folder: str | None = None) -> Preset:
     corpora = dict(forget=world.text_sources("forget")[0], retain=world.text_sources("retain")[0], seq_len=128)
     return Preset(
         name=Path(folder).resolve().name if folder else "tiny", model=str(world.path/"model"), answer_model=str(world.path/"model"), layer=world.layer,
-        texts=world.text_sources("train"), d_sae=768, training=TrainConfig(steps=1000), recorded=("unlearning", "core", "entanglement"),
+        at_once=8, texts=world.text_sources("train"), d_sae=768, training=TrainConfig(steps=1000), recorded=("unlearning", "core", "entanglement"),
         evals=dict(
             unlearning=UnlearningSetup(questions=world.question_sources(), grid=TINY_GRID, **corpora),
             sparse_probing=SparseProbingSetup(root=str(world.path/"probing"), probe_train_set_size=400, probe_test_set_size=200),

@@ -1,0 +1,61 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from saenb.core import SaenbError
+from saenb.jobs import at_once, cores
+
+
+def test_each_job_is_told_with_its_place_when_it_ends():
+    assert list(at_once(time.sleep, [(1.5,), (0,)], 2)) == [(1, None), (0, None)]
+    assert sorted(at_once(pow, [(2, n) for n in range(7)], 3)) == [(n, 2**n) for n in range(7)]
+
+
+def test_each_process_has_its_share_of_the_processor():
+    shares = {n: {share for _, share in at_once(os.getenv, [("OMP_NUM_THREADS",)] * 2, n)} for n in (1, 2, 2 * cores())}
+    assert shares == {1: {str(cores())}, 2: {str(max(1, cores() // 2))}, 2 * cores(): {"1"}}
+
+
+@pytest.mark.parametrize("make, job, error, words", [(time.sleep, (-1,), ValueError, "non-negative"), (os._exit, (9,), SaenbError, "ended from outside.*fewer --jobs")])
+def test_what_fails_ends_all(make, job, error, words, tmp_path):
+    begun, began = tmp_path/"begun", time.perf_counter()
+    with pytest.raises(error, match=words): list(at_once(_either, [(make, job), (time.sleep, (600,)), (Path.touch, (begun,))], 2))
+    assert time.perf_counter() - began < 60 and not begun.exists()
+
+
+def _either(make, job):
+    if make is Path.touch: time.sleep(1) # were it begun, then after the failure
+    return make(*job)
+
+
+def alive(pid):
+    """Is there such a process, and is it more than a name that nobody has asked for?"""
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError: return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_the_one_that_asked(tmp_path, how):
+    script = tmp_path/"script.py"
+    script.write_text("import os, multiprocessing, time\nfrom saenb.jobs import at_once\n"
+                      "if __name__ == '__main__':\n"
+                      "    for _ in at_once(time.sleep, [(0,), (600,), (600,)], 2): print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n")
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    children = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(children) == 2 and all(alive(pid) for pid in children)
+    process.send_signal(how)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else -signal.SIGINT)
+    assert how == signal.SIGKILL or said.splitlines()[-1] == "KeyboardInterrupt"
+    ends = time.time() + 20
+    while any(alive(pid) for pid in children):
+        assert time.time() < ends, "a process was left behind"
+        time.sleep(0.05)
