@@ -18,6 +18,7 @@ DIRECTIVE = re.compile(r"\s*#\|\s*([\w-]+):\s*(.*)")
 SYMBOL = re.compile(r"\]\(/([\w/-]+)\.html#([\w.]+)\)")
 SHOW_DOC = re.compile(r"---\n+(?:\[source\]\(/blob/\w+/(\S+)#L(\w+)\)\{.*?\}\n+)?(#+ (\S+)\n.*)", re.DOTALL)
 TARGET = re.compile(r"^\((\S+)\)=$", re.MULTILINE)
+EXPLORER = re.compile(r"\[([^\]]+)\]\((?:\.\./)+figures/explorer/(\w+\.html)\)")
 CALLOUT = re.compile(r"^(:{3,}) *\{\.callout-(\w+).*\}", re.MULTILINE)
 ELSEWHERE = re.compile(r"""<(?:script|img|iframe|source|video|audio)\b[^>]*\bsrc=["']?(?:https?:)?//
                          | <link\b[^>]*\bhref=["']?(?:https?:)?// | @import\s+["'](?:https?:)?//
@@ -77,21 +78,22 @@ def convert(nb, page):
                    "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
 
 
-def link(text, pages, targets):
-    """Point nbdev's links at this site: at the symbol where it is shown, else at its page."""
+def link(text, pages, targets, top):
+    """Point nbdev's links at this site: at the symbol where it is shown, else at its page; and those to explorer pages at their copies, seen from a page whose way to the top is `top`."""
     def local(match):
         target = f"{match[1]}:{match[2]}"
         return f"](#{target})" if target in targets else f"](/{pages[match[1]]})"
-    return SYMBOL.sub(local, text)
+    return EXPLORER.sub(rf'<a href="{top}explorer/\2">\1</a>', SYMBOL.sub(local, text))
 
 
-def toctree(names):
-    """Return the cell that lists the pages: the notebooks by name, then each folder under its own caption."""
+def toctree(names, index):
+    """Return the cell that lists the pages: the reports, then the notebooks, each in the order in which the index names them."""
     folders = {}
-    for name in sorted(names - {"index"}): folders.setdefault(os.path.dirname(name), []).append(name)
+    named = lambda name: (index.find(f"({name}.ipynb)") % 10**9, name)  # what is not named comes last
+    for name in sorted(names - {"index"}, key=named): folders.setdefault(os.path.dirname(name), []).append(name)
     return nbformat.v4.new_markdown_cell("\n\n".join(
         f"```{{toctree}}\n:hidden:\n:caption: {(folder or 'notebooks').replace('_', ' ').capitalize()}\n\n"
-        + "\n".join(members) + "\n```" for folder, members in sorted(folders.items())))
+        + "\n".join(members) + "\n```" for folder, members in sorted(folders.items(), reverse=True)))
 
 
 def main():
@@ -105,19 +107,22 @@ def main():
         page = _nbpath2html(path.relative_to(folder)).with_suffix("").as_posix()
         pages[page] = path.relative_to(folder).as_posix()
         convert(nb, page)
-    notebooks[folder / "index.ipynb"].cells.append(toctree({name.removesuffix(".ipynb") for name in pages.values()}))
+    index = "\n".join(cell.source for cell in nbformat.read("nbs/index.ipynb", as_version=4).cells)
+    notebooks[folder / "index.ipynb"].cells.append(toctree({name.removesuffix(".ipynb") for name in pages.values()}, index))
     markdown = [cell for nb in notebooks.values() for cell in nb.cells if cell.cell_type == "markdown"]
     targets = {name for cell in markdown for name in TARGET.findall(cell.source)}
     for path, nb in notebooks.items():
+        top = "../" * (len(path.relative_to(folder).parts) - 1)
         for cell in nb.cells:
-            if cell.cell_type == "markdown": cell.source = link(cell.source, pages, targets)
+            if cell.cell_type == "markdown": cell.source = link(cell.source, pages, targets, top)
             for output in cell.get("outputs", []):
                 if "text/markdown" in output.get("data", {}):
-                    output.data["text/markdown"] = link(output.data["text/markdown"], pages, targets)
+                    output.data["text/markdown"] = link(output.data["text/markdown"], pages, targets, top)
         nbformat.write(nb, path)
 
     site = folder / ".sphinx/html"  # MyST-NB leaves a folder of its own beside this one
     status = build_main(["-W", "--keep-going", "-q", "-c", "docs", "-d", f"{site}/../doctrees", str(folder), str(site)])
+    shutil.copytree("figures/explorer", site / "explorer", dirs_exist_ok=True)
     for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
         for match in ELSEWHERE.finditer(path.read_text(encoding="utf-8")):
             print(f"{path} loads from another host: {match[0]}", file=sys.stderr)

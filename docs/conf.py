@@ -23,6 +23,7 @@ html_js_files = ["sortable.js"]
 html_css_files = ["site.css"]
 html_theme = "pydata_sphinx_theme"
 html_sidebars = {"**": ["all-pages.html"]}
+html_context = {"default_mode": "auto"}  # the theme complains in the console if it is left out
 html_theme_options = {
     "navbar_center": [],
     "navbar_end": ["theme-switcher"],

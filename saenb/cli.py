@@ -42,7 +42,7 @@ def reproduce_command(args):
     made = dict(records=[str(r.path) for r in records], figures=[str(p) for p in drawn])
     if args.json: return made
     print("\nRecords, one folder a run and seed:", *made["records"], sep="\n  ")
-    print("Figures:", *made["figures"], sep="\n  ")
+    print("Figures and pages:", *made["figures"], sep="\n  ")
     first = next((p for p in drawn if p.parent.name == records[0].run.split("/")[0]), drawn[0])
     print(f"\nLook first at {first}, then at {records[0].path/'notes.md'}.")
 

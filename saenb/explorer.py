@@ -118,7 +118,7 @@ def explore(
     largest = found["value"][0]
     few = "uint16" if known.sum() < 2**16 else "uint32"
     return dict(
-        about=f"{sae!r}: {len(sample.forget)} rows of text, {int(known.sum())} different tokens."
+        dictionary=sae.fingerprint(), about=f"{sae!r}: {len(sample.forget)} rows of text, {int(known.sum())} different tokens."
               + (f" Marked: the {len(best['features'])} features that the best setting of the unlearning evaluation clamps (score {result['eval_result_unstructured']['score']:.3f})." if best["features"] else ""),
         features=features, contexts=contexts, width=BEFORE + 1 + AFTER, before=BEFORE, bins=BINS, nearest=nearest, sizes=around["sizes"].tolist(),
         tokens=exam.model.tokenizer.batch_decode(ids[known][:, None]), clamped=best["features"],

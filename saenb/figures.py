@@ -6,8 +6,8 @@
 __all__ = ['FIGURES', 'Material', 'named', 'side_by_side', 'titled', 'last_of_log', 'switched_off', 'correlations_of',
            'fixed_or_adaptive', 'share_of_pairs', 'absorption_removed', 'pair_stability', 'feature_thresholds',
            'feature_groups', 'separations', 'feature_importance', 'feature_separation', 'positions_known',
-           'position_masks', 'positional_fidelity', 'hard_to_soft', 'specialisation_retained', 'everything', 'scores',
-           'losses', 'draw_figures']
+           'position_masks', 'positional_fidelity', 'hard_to_soft', 'specialisation_retained', 'at_a_glance',
+           'everything', 'scores', 'losses', 'draw_figures']
 
 # %% ../nbs/20_figures.ipynb #653569cf
 from dataclasses import dataclass
@@ -300,6 +300,31 @@ def specialisation_retained(material: Material) -> Figure | None:
     return fig
 
 # %% ../nbs/20_figures.ipynb #05731783
+def at_a_glance(root: str | Path) -> Figure | None:
+    "Every run's score: a bar for its mean, a dot for each seed, a cross for what its log reports; the line is the ceiling's."
+    materials = [m for m in (Material(Path(root), experiment) for experiment in EXPERIMENTS) if m.records]
+    if len(materials) < 2: return None
+    fig = Figure(figsize=(7.6, 2.5), layout="constrained")
+    ax, at, ticks = fig.subplots(), 0, {}
+    for i, material in enumerate(materials):
+        numbers_ = list(dict.fromkeys(r.run.split("/")[1] for r in material.records))
+        for number in numbers_:
+            values = [r.unlearning["score"] for r in material.of(number)]
+            ax.bar(at, np.mean(values), width=0.75, color="0.75" if number == "0" else f"C{i}", alpha=0.8)
+            ax.plot([at] * len(values), values, ".", ms=4, color="0.2")
+            if number not in ("0", "static"): ax.plot(at, 0, "x", ms=5, color="tab:red", zorder=3, clip_on=False, label="what the log reports" if len(ticks) == 1 else None)
+            ticks[at] = number.replace("static", "s")
+            at += 1
+        ax.text(at - (len(numbers_) + 1) / 2, 0.97, material.experiment.replace("_", " "), ha="center", va="top", fontsize=9, color=f"C{i}")
+        at += 1
+    told = [c["ceiling"]["score"] for c in materials[0].controls if "ceiling" in c]
+    if told: ax.axhline(np.mean(told), color="0.4", ls="--", lw=1, label="features that were told the sides")
+    ax.set(ylim=(0, 1), ylabel="unlearning score")
+    ax.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.74), frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig
+
 def everything(root: str | Path) -> Figure | None:
     "All runs in one picture; shaded is the interval of each experiment's baseline, and lines are controls."
     materials = [m for m in (Material(Path(root), experiment) for experiment in EXPERIMENTS) if m.records]
@@ -345,6 +370,7 @@ def draw_figures(root: str | Path, out: str | Path) -> list[Path]:
         material = Material(Path(root), experiment)
         if not material.records: continue
         made += [keep(figure, Path(out)/experiment/f"{name}.png") for name, draw in FIGURES[experiment].items() if (figure := draw(material))]
-    if figure := everything(root): made.append(keep(figure, Path(out)/"overview"/"all_runs.png"))
+    for name, draw in dict(at_a_glance=at_a_glance, all_runs=everything).items():
+        if figure := draw(root): made.append(keep(figure, Path(out)/"overview"/f"{name}.png"))
     if not made: raise SaenbError(f"There is no finished record below {root}; make some with `saenb reproduce`.")
     return made

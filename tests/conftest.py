@@ -13,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ: # several at work share the processor
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 ROOT = Path(__file__).parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no browser: on Debian, `apt-get install chromium` brings one")
 
 
 @pytest.hookimpl(tryfirst=True) # before xdist reads the marks
@@ -131,6 +133,16 @@ def fresh(store):
 def trained(store, fresh):
     from saenb.train import TrainConfig, Trainer
     return Trainer(fresh(d_sae=512), store, cfg=TrainConfig(steps=800, lr=1e-3)).fit(progress=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser without a window."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pages are opened by playwright, which `pip install playwright` brings")
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -323,3 +324,32 @@ def test_ctrl_c_is_one_sentence(beside, tmp_path, small):
     assert stop(process, lambda: log.exists() and log.stat().st_size, signal.SIGINT) == 130
     said = process.stderr.read()
     assert "Traceback" not in said and said.splitlines()[-1] == "saenb: Stopped; what was finished is kept, and the same command goes on from there."
+
+
+def test_everything_is_made_by_several_processes_and_made_once(saenb, work, small, tmp_path):
+    """kill -9 in the middle; the same command goes on, a third call finds everything, and no process is left."""
+    out = work()
+    (out/"tiny"/"controls").mkdir()
+    shutil.copy(ROOT/"runs"/"tiny-full"/"controls"/"seed_0.json", out/"tiny"/"controls") # so that they are found; making them takes a minute
+    command = ("reproduce", "contrastive", "--preset", small, "--steps", 20, "--seeds", 1, "--out", out, "--jobs", 2, "--json")
+    def finished(): return sorted(p.parent.relative_to(out/"tiny").as_posix() for p in out.rglob("final_info.json"))
+    assert stop(start(*command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), finished, signal.SIGKILL) == -signal.SIGKILL
+    before = finished()
+    done = saenb(*command)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert [Path(p).relative_to(out/"tiny").as_posix() for p in made["records"]] == [f"contrastive/run_{n}/seed_0" for n in range(5)]
+    assert set(before) < set(finished()) == {f"contrastive/run_{n}/seed_0" for n in range(5)}
+    assert (out/"tiny"/"contrastive"/"run_3"/"notes.md").read_text().startswith("# contrastive 3: ")
+    shown = {Path(p).relative_to(out/"tiny"/"figures").as_posix() for p in made["figures"]}
+    assert {"contrastive/unlearning_scores.png", "contrastive/feature_groups.png", "explorer/baseline.html", "explorer/best.html"} <= shown
+    assert all(Path(p).stat().st_size for p in made["figures"])
+    kept = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    again = saenb(*command)
+    assert json.loads(again.stdout) == made and {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == kept
+
+
+@pytest.mark.parametrize("option", ["--jobs", "--seeds"])
+def test_nothing_at_all_cannot_be_made(saenb, one_sentence, tmp_path, option):
+    one_sentence(saenb("reproduce", "contrastive", option, 0), f"0 {option[2:]}")
+    assert not (tmp_path/"runs").exists()

@@ -1,15 +1,13 @@
 """The explorer in a real browser: it lists, sorts, filters, shows, and says nothing on the console."""
 import base64
-import shutil
 
 import numpy as np
 import pytest
 
+from conftest import needs_browser
 from saenb.explorer import AFTER, BEFORE, BINS, packed, write_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-sync_api = pytest.importorskip("playwright.sync_api", reason="pages are opened by playwright, which `pip install playwright` brings")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no browser: on Debian, `apt-get install chromium` brings one")
+pytestmark = needs_browser
 
 FEATURES, CONTEXTS, WIDTH, NEAREST = 16_384, 6, BEFORE + 1 + AFTER, 8
 
@@ -32,14 +30,6 @@ def made():
 
 
 def values(made, name): return np.frombuffer(base64.b64decode(made["arrays"][name]["bytes"]), made["arrays"][name]["kind"])
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,0 +1,140 @@
+"""The site as readers meet it: built from the notebooks, opened page by page in a real browser."""
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from conftest import ROOT, needs_browser
+
+
+class Page(HTMLParser):
+    """A page's links, and the names that a link may point at."""
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.names = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.names |= {found.get("id"), found.get("name")}
+        self.links += [found[k] for k in ("href", "src") if found.get(k)]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built by `make docs` in a copy of what is committed."""
+    folder = tmp_path_factory.mktemp("site")
+    for name in ("docs", "nbs", "saenb", "figures", "settings.ini", "README.md", "setup.py"):
+        source = ROOT/name
+        shutil.copytree(source, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")) if source.is_dir() else shutil.copy(source, folder)
+    done = subprocess.run([sys.executable, "docs/build.py"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder/"_docs"
+
+
+@pytest.fixture(scope="module")
+def pages(site): return {p.relative_to(site).as_posix(): Page(p.read_text(encoding="utf-8")) for p in sorted(site.rglob("*.html")) if "_static" not in p.relative_to(site).parts}
+
+
+def test_every_notebook_has_a_page(pages):
+    notebooks = {p.relative_to(ROOT/"nbs").with_suffix(".html").as_posix() for p in (ROOT/"nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT/"nbs").parts)}
+    assert notebooks <= pages.keys() and {"explorer/baseline.html", "explorer/best.html"} <= pages.keys()
+
+
+def test_every_internal_link_leads_somewhere(site, pages):
+    lost, followed = [], 0
+    for name, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc: continue
+            target = (site/name).parent/unquote(parts.path) if parts.path else site/name
+            followed += 1
+            if not target.resolve().is_file(): lost.append((name, link))
+            elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in pages[target.resolve().relative_to(site.resolve()).as_posix()].names: lost.append((name, link))
+    assert not lost and followed > 1000
+
+
+def test_nothing_is_loaded_from_elsewhere(pages):
+    """Links may lead to other hosts; what a page is made of may not."""
+    text = "\n".join(link for page in pages.values() for link in page.links if re.match(r"(https?:)?//", link) and re.search(r"\.(js|css|png|svg|woff2?)(\?|$)", link))
+    assert not text
+
+
+@pytest.fixture
+def opened(browser):
+    """Open pages; whatever the console says, fails or comes from the network fails the test."""
+    page, said = browser.new_page(viewport=dict(width=1280, height=800)), []
+    page.on("console", lambda message: message.type in ("error", "warning") and said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("requestfailed", lambda request: said.append(f"failed: {request.url}"))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or said.append(request.url))
+    yield page
+    page.close()
+    assert not said, said
+
+
+@needs_browser
+def test_every_page_opens_wide_and_narrow(opened, site, pages):
+    for name in pages:
+        opened.goto((site/name).as_uri())
+        assert opened.title()
+        for width in (1280, 390):
+            opened.set_viewport_size(dict(width=width, height=800))
+            beyond = opened.evaluate("document.documentElement.scrollWidth - innerWidth")
+            assert beyond <= 0, f"{name} is {beyond} pixels wider than a screen of {width}"
+
+
+@needs_browser
+def test_the_search_finds_offline(opened, site):
+    opened.goto((site/"search.html").as_uri() + "?q=clamp")
+    opened.wait_for_selector("#search-results li a")
+    found = opened.eval_on_selector_all("#search-results li a", "links => links.map(a => a.href)")
+    assert any("unlearning" in link for link in found)
+    opened.click("#search-results li a")
+    assert "clamp" in opened.inner_text("main").lower()
+
+
+@needs_browser
+def test_the_table_of_all_runs_sorts(opened, site):
+    opened.goto((site/"reports"/"overview.html").as_uri())
+    def column(i): return opened.eval_on_selector_all("table.sortable tbody tr", f"rows => rows.map(r => parseFloat(r.cells[{i}].dataset.value))")
+    before = column(1)
+    assert len(before) > 30
+    opened.click("table.sortable th:nth-child(2) button")
+    assert column(1) == sorted(before, reverse=True)
+    opened.click("table.sortable th:nth-child(2) button")
+    assert column(1) == sorted(before)
+    opened.click("table.sortable th:nth-child(1) button")
+    assert column(1) == before
+
+
+@needs_browser
+def test_the_landing_page_says_it_in_one_screen(opened, site):
+    opened.goto((site/"index.html").as_uri())
+    def bottom(selector): return opened.eval_on_selector(selector, "e => e.getBoundingClientRect().bottom")
+    assert "make reproduce" in opened.inner_text("main pre") and "make test" in opened.inner_text("main pre")
+    assert max(bottom("main h1"), bottom("main pre"), bottom("main img")) <= 800
+    assert opened.eval_on_selector("main img", "e => e.complete && e.naturalWidth > 0")
+
+
+@needs_browser
+def test_the_explorer_is_reached_and_used(opened, site):
+    opened.goto((site/"index.html").as_uri())
+    opened.click("main a[href='explorer/best.html']")
+    rows = opened.query_selector_all("#rows .row")
+    assert len(rows) > 10 and "Features of" in opened.title()
+    rows[3].click()
+    assert opened.inner_text("#detail").strip()
+
+
+@needs_browser
+def test_it_reads_in_the_dark(opened, site):
+    """The theme follows the reader's system; letters stand out from what is behind them."""
+    opened.emulate_media(color_scheme="dark")
+    opened.goto((site/"index.html").as_uri())
+    dark = opened.evaluate("""() => ["color", "backgroundColor"].map(k => getComputedStyle(document.body)[k].match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0))""")
+    assert dark[0] - dark[1] > 300
