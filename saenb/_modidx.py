@@ -418,6 +418,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'saenb.figures.feature_separation': ('figures.html#feature_separation', 'saenb/figures.py'),
                                'saenb.figures.feature_thresholds': ('figures.html#feature_thresholds', 'saenb/figures.py'),
                                'saenb.figures.fixed_or_adaptive': ('figures.html#fixed_or_adaptive', 'saenb/figures.py'),
+                               'saenb.figures.follows_position': ('figures.html#follows_position', 'saenb/figures.py'),
                                'saenb.figures.hard_to_soft': ('figures.html#hard_to_soft', 'saenb/figures.py'),
                                'saenb.figures.last_of_log': ('figures.html#last_of_log', 'saenb/figures.py'),
                                'saenb.figures.losses': ('figures.html#losses', 'saenb/figures.py'),

@@ -6,8 +6,8 @@
 __all__ = ['FIGURES', 'Material', 'named', 'side_by_side', 'titled', 'last_of_log', 'switched_off', 'correlations_of',
            'fixed_or_adaptive', 'share_of_pairs', 'absorption_removed', 'pair_stability', 'feature_thresholds',
            'feature_groups', 'separations', 'feature_importance', 'feature_separation', 'positions_known',
-           'position_masks', 'positional_fidelity', 'hard_to_soft', 'specialisation_retained', 'at_a_glance',
-           'everything', 'scores', 'losses', 'draw_figures']
+           'follows_position', 'position_masks', 'positional_fidelity', 'hard_to_soft', 'specialisation_retained',
+           'at_a_glance', 'everything', 'scores', 'losses', 'draw_figures']
 
 # %% ../nbs/20_figures.ipynb #653569cf
 from dataclasses import dataclass
@@ -232,9 +232,14 @@ def positions_known(material: Material) -> dict[str, dict]:
     first = min(r.seed for r in material.records)
     return {r.config["run"]["title"]: r.result("positional")["eval_result_unstructured"] for r in material.records if r.seed == first and "positional" in r.evaluations}
 
+def follows_position(ours: dict) -> bool:
+    "Have enough features a gate that changes with position? Routes change with what a token says, so next to none of theirs do."
+    fidelity = ours["features"]["fidelity"] or []
+    return sum(v is not None for v in fidelity) > len(fidelity) / 10
+
 def position_masks(material: Material) -> Figure | None:
     "What passes of some features in each part of the text, in runs that have masks."
-    found = {title: ours["profiles"] for title, ours in positions_known(material).items() if ours.get("profiles")}
+    found = {title: ours["profiles"] for title, ours in positions_known(material).items() if ours.get("profiles") and follows_position(ours)}
     if not found: return None
     fig = Figure(figsize=(0.8 + 1.7 * len(found), 3), layout="constrained")
     axes = np.atleast_1d(fig.subplots(1, len(found), sharey=True))
@@ -250,7 +255,7 @@ def position_masks(material: Material) -> Figure | None:
 
 def positional_fidelity(material: Material) -> Figure | None:
     "How far features follow their masks, and how much of a position each run's activations tell."
-    found = {title: ours["features"]["fidelity"] for title, ours in positions_known(material).items() if ours["features"]["fidelity"]}
+    found = {title: ours["features"]["fidelity"] for title, ours in positions_known(material).items() if follows_position(ours)}
     if not found: return None
     fig = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = fig.subplots(1, 2)

@@ -136,6 +136,23 @@ def trained(store, fresh):
 
 
 @pytest.fixture(scope="module")
+def train(request, store, fresh):
+    """A short training with some mechanisms, from the same start and of the module's LENGTH; made once for the same settings."""
+    from saenb.sae import make_mechanism
+    from saenb.train import Trainer
+    made = {}
+
+    def run(mechanisms=(), length=request.module.LENGTH):
+        name = str((mechanisms, length))
+        if name not in made:
+            sae = fresh(d_sae=256)
+            made[name] = Trainer(sae, store, [make_mechanism(n, s, sae.cfg) for n, s in mechanisms], length)
+            made[name].fit(progress=False)
+        return made[name]
+    return run
+
+
+@pytest.fixture(scope="module")
 def browser():
     """A browser without a window."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="pages are opened by playwright, which `pip install playwright` brings")

@@ -4,7 +4,7 @@ import shutil
 
 from conftest import ROOT
 from saenb.core import write_json
-from saenb.figures import FIGURES, Material, draw_figures, everything, feature_importance, feature_thresholds, hard_to_soft, last_of_log, position_masks, positional_fidelity, side_by_side, specialisation_retained, switched_off, titled
+from saenb.figures import FIGURES, Material, at_a_glance, draw_figures, everything, feature_importance, feature_thresholds, hard_to_soft, last_of_log, position_masks, positional_fidelity, side_by_side, specialisation_retained, switched_off, titled
 
 KEPT = ROOT/"runs"/"tiny-full"
 
@@ -146,3 +146,18 @@ def test_all_runs_stand_beside_their_baselines_and_the_controls(tmp_path):
     assert {t.get_text() for t in figure.legends[0].get_texts()} == {"ceiling", "principal components", "untrained"}
     positional_record(tmp_path, 0)
     assert everything(tmp_path) is None # one experiment has figures of its own
+
+
+def test_every_runs_score_is_seen_at_a_glance(tmp_path):
+    ax = at_a_glance(KEPT).axes[0]
+    runs = [records for experiment in ("orthogonality", "positional", "contrastive", "dual_objective") for records in titled(Material(KEPT, experiment)).values()]
+    assert [bar.get_height() for bar in ax.patches] == [sum(r.unlearning["score"] for r in records) / len(records) for records in runs]
+    assert [sorted(line.get_ydata()) for line in ax.lines if line.get_marker() == "."] == [sorted(r.unlearning["score"] for r in records) for records in runs]
+    assert sum(line.get_marker() == "x" for line in ax.lines) == 29 and all(line.get_ydata()[0] == 0 for line in ax.lines if line.get_marker() == "x") # neither baselines nor static slicing stand in a log
+    positional_record(tmp_path, 0)
+    assert at_a_glance(tmp_path) is None
+
+
+def test_routes_are_not_shown_as_masks(tmp_path):
+    positional_record(tmp_path, 1, profiles=[[1.0, 0.0]], fidelity=[1.0] + [None] * 20)
+    assert position_masks(Material(tmp_path, "positional")) is None and positional_fidelity(Material(tmp_path, "positional")) is None

@@ -66,6 +66,35 @@ def test_a_notebook_shows_what_it_does(path):
     assert not shown or 2 * sum(bool(c.outputs) for c in shown) >= len(shown), f"{sum(bool(c.outputs) for c in shown)} of {len(shown)} cells have outputs"
 
 
+CODE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)", re.DOTALL) # and where links lead
+FIGURE = re.compile(r"(?<![\w.])(?<!Python )(?<!License )(\d+\.\d+)( ?%)?")
+SHOWN = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+
+
+def contradictions(nb):
+    """Figures in the prose of a notebook that neither its code holds nor its outputs show, rounded as the prose rounds them."""
+    shown = [c.source for c in nb.cells if c.cell_type == "code"]
+    for output in (o for c in nb.cells if c.cell_type == "code" for o in c.outputs):
+        shown += [output.get("text", ""), *(v for k, v in output.get("data", {}).items() if k.startswith("text/"))]
+    known = [float(number.replace(",", "")) for number in SHOWN.findall("\n".join(shown))]
+    for cell in nb.cells:
+        for number, percent in FIGURE.findall(CODE.sub(" ", cell.source)) if cell.cell_type == "markdown" else ():
+            places = len(number.partition(".")[2])
+            if not any(round(v * factor, places) == float(number) for v in known for factor in ((1, 100) if percent else (1,))): yield number + percent
+
+
+@each
+def test_no_figure_in_prose_contradicts_what_is_shown(path):
+    assert not list(contradictions(read(path)))
+
+
+def test_a_contradiction_is_found():
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+    nb = new_notebook(cells=[new_code_cell("run()", outputs=[new_output("stream", text="score 0.1234, share 0.567\n")]),
+                             new_markdown_cell("It scores 0.12, or 56.7 %, with Python 3.10 and `0.99`, but not 0.13 or 57.7 %.")])
+    assert list(contradictions(nb)) == ["0.13", "57.7 %"]
+
+
 def modules(folder): return {p.relative_to(folder).as_posix(): p.read_text() for p in (folder/"saenb").rglob("*.py")}
 
 

@@ -38,21 +38,6 @@ def mechanisms_of(number, without=(), **change):
 
 
 @pytest.fixture(scope="module")
-def train(store, fresh):
-    """A short training with some mechanisms, from the same start; made once for the same settings."""
-    made = {}
-
-    def run(mechanisms=(), length=LENGTH):
-        name = str((mechanisms, length))
-        if name not in made:
-            sae = fresh(d_sae=256)
-            made[name] = Trainer(sae, store, [make_mechanism(n, s, sae.cfg) for n, s in mechanisms], length)
-            made[name].fit(progress=False)
-        return made[name]
-    return run
-
-
-@pytest.fixture(scope="module")
 def unseen(store): return next(store.batches(2**13, 99))
 
 
