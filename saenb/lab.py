@@ -121,6 +121,7 @@ def run(
     (record.path/CHECKPOINT).unlink(missing_ok=True)
     return record
 
+# %% ../nbs/21_lab.ipynb #1b9529e9
 @dataclass(frozen=True)
 class _Plan:
     "What a record is made of."
@@ -158,6 +159,7 @@ def _model_name(setting):
     beginnings = [(p.name, p.stat().st_size, p.open("rb").read(2**20).hex()) for p in sorted(folder.glob("*.safetensors"))]
     return f"{_shared(setting)} {fingerprint(beginnings)[:8]}"
 
+# %% ../nbs/21_lab.ipynb #3f33c79c
 def _train(plan, out, progress):
     "Train the plan's dictionary and write it."
     record, config, store = plan.record, plan.config, store_of(plan.setting, out)
