@@ -32,3 +32,4 @@ html_theme_options = {
     "footer_end": [],
 }
 html_copy_source = html_show_sourcelink = False
+html_show_search_summary = False  # summaries are fetched page by page, which browsers refuse where pages are opened as files

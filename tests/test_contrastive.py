@@ -19,7 +19,7 @@ TABLE = { # as the log has them
     4: dict(ContrastiveGroups=dict(clusters=32, every=50), ImportantFeatures=dict(activation=0.35, gradient=0.5, information=0.15, memory=0.9, prune=0.05, threshold=0.01, every=50),
             SideDivergence=dict(weight=0.3)),
 }
-LENGTH = TrainConfig(steps=300, lr=1e-3, warmup=20)
+LENGTH = TrainConfig(steps=300, lr=1e-3, warmup=20, batch=1024)
 
 
 def mechanisms_of(number, without=(), **change):

@@ -18,7 +18,7 @@ TABLE = { # what the log gives, and the spec for what it left out
     4: dict(SideBlocks=dict(gradient=0.5), SideSeparation=dict(margin=0.5), ClusterGates=dict(clusters=32, both=0.02)),
     5: dict(SideBlocks=dict(gradient=0.5), SideSeparation=dict(margin=0.5), SideAttention=dict(heads=4, both=0.02)),
 }
-LENGTH = TrainConfig(steps=200, lr=1e-3, warmup=20, balanced=True)
+LENGTH = TrainConfig(steps=200, lr=1e-3, warmup=20, batch=1024, balanced=True)
 
 
 def mechanisms_of(number, without=(), **change):

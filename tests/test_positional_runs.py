@@ -28,7 +28,7 @@ TABLE = { # what the logs and the spec give, and what the run builds on
     10: ("9", dict(FeatureRouter=ROUTER | dict(groups=32, learned=True), UsageResets=RESETS, PositionContrast={}, FeatureInformation={})),
     "static": ("1", dict(HardMask=dict(masked_gradient=False))),
 }
-LENGTH = TrainConfig(steps=250, lr=1e-3, warmup=20)
+LENGTH = TrainConfig(steps=250, lr=1e-3, warmup=20, batch=1024)
 
 
 def mechanisms_of(number, without=(), **change):
