@@ -87,9 +87,9 @@ def link(text, pages, targets, top):
 
 
 def toctree(names, index):
-    """Return the cell that lists the pages: the reports, then the notebooks, each in the order in which the index names them."""
+    """Return the cell that lists the pages: the reports, then the notebooks, each in the order of the index's table."""
     folders = {}
-    named = lambda name: (index.find(f"({name}.ipynb)") % 10**9, name)  # what is not named comes last
+    named = lambda name: (index.find(f"({name}.ipynb) |") % 10**9, name)  # what is not named comes last
     for name in sorted(names - {"index"}, key=named): folders.setdefault(os.path.dirname(name), []).append(name)
     return nbformat.v4.new_markdown_cell("\n\n".join(
         f"```{{toctree}}\n:hidden:\n:caption: {(folder or 'notebooks').replace('_', ' ').capitalize()}\n\n"

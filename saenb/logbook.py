@@ -32,7 +32,7 @@ def _configuration(record: Record) -> list[str]:
 
 # %% ../nbs/20_logbook.ipynb #41e00bf6
 def _result(records: list[Record]) -> list[str]:
-    lines = ["| seed | score | selectivity | best setting | forget questions still right | others still right | unexplained variance | L0 | final loss |", "|" + "---|" * 9]
+    lines = ["| seed | score | selectivity | best setting | forget right | others right | unexplained | L0 | loss |", "|" + "---|" * 9]
     for r in records:
         info, ours = r.info, r.unlearning
         best = ours["best"] or {}
