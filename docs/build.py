@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from textwrap import dedent
 
@@ -99,6 +100,7 @@ def toctree(names, index):
 def main():
     """Build the site and return the exit status."""
     os.chdir(Path(__file__).parent.parent)
+    warnings.filterwarnings("error", module="nbdev")
     # One process, so that what all the notebooks import is imported once; no cache, so that no page is out of date.
     folder = proc_nbs(force=True, n_workers=0)
     notebooks = {path: nbformat.read(path, as_version=4) for path in sorted(folder.rglob("*.ipynb"))}
