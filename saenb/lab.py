@@ -312,7 +312,7 @@ def reproduce(
     root = Path(out)/setting.name
     write_logs(root)
     drawn = draw_figures(root, figures or root/"figures")
-    return records, drawn + explored(records, setting, out, Path(figures or root/"figures")/"explorer")
+    return records, drawn + explored(setting, out, Path(figures or root/"figures")/"explorer")
 
 def _make_all(work, setting, common, jobs, total):
     "Make records, those of one recipe one after the other, since they share a dictionary; tell of each."
@@ -335,13 +335,12 @@ def _make(parts, common):
     made = [make(**common, **asked) for make, asked in parts]
     return [record for record in made if isinstance(record, Record)]
 
-def explored(records: list[Record], setting: Preset, out: str | Path, folder: Path) -> list[Path]:
-    "A page for the features of the baseline and one for those of the most selective run, as far as their weights are here."
-    whole = [r for r in records if not r.variant and _whole(r)]
-    chosen = dict(baseline=next((r for r in whole if r.run.endswith("/0")), None), best=max(whole, key=lambda r: r.unlearning["selectivity"], default=None))
-    made = []
+def explored(setting: Preset, out: str | Path, folder: Path) -> list[Path]:
+    "A page for the features of a baseline and one for those of the most selective of all runs, one seed each, as far as their weights are here."
+    records, made = [r for r in find_records(Path(out)/setting.name) if r.seed == 0], []
+    chosen = dict(baseline=next((r for r in records if r.run.endswith("/0")), None), best=max(records, key=lambda r: r.unlearning["selectivity"], default=None))
     for name, record in chosen.items():
-        if record is None: continue
+        if record is None or not _whole(record): continue # another run's page would go by a wrong name
         path, sae = folder/f"{name}.html", record.sae
         if not path.exists() or sae.fingerprint() not in path.read_text(encoding="utf-8"):
             write_page(explore(exam_of(setting, out), sae, setting.evals["separation"], record.result(), effects=32), path, f"Features of {record.run}, {record.config['run']['title']}")

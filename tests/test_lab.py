@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import given, strategies as st
 
 from saenb.core import SaenbError
-from saenb.lab import run
+from saenb.lab import explored, run
 from saenb.figures import draw_figures
 from saenb.records import Record, find_records, over_seeds
 from saenb.runs.table import RUNS
@@ -276,3 +276,20 @@ def test_figures_need_no_weights(baseline, tmp_path):
 def test_there_is_nothing_to_draw_in_an_empty_folder(tmp_path):
     with pytest.raises(SaenbError, match="no finished record below .*saenb reproduce"): draw_figures(tmp_path, tmp_path/"figures")
     assert not (tmp_path/"figures").exists()
+
+
+def test_a_page_is_of_the_best_run_or_not_made(baseline, setting, tmp_path):
+    """A better run whose weights are not here leaves the best run's page as it is; a page that shows its dictionary already is kept."""
+    for name, kept in (("run_0", ()), ("run_3", ("sae",))):
+        folder = tmp_path/"tiny"/"contrastive"/name/"seed_0"
+        shutil.copytree(baseline.path, folder, ignore=shutil.ignore_patterns(*kept))
+        (folder/"config.json").write_text(json.dumps(baseline.config | dict(run=baseline.config["run"] | dict(id=f"contrastive/{name[4:]}"))))
+    result = json.loads((folder/"evals"/"unlearning.json").read_text())
+    result["eval_result_unstructured"]["selectivity"] = 0.9
+    (folder/"evals"/"unlearning.json").write_text(json.dumps(result))
+    pages = tmp_path/"pages"
+    pages.mkdir()
+    for name in ("baseline", "best"): (pages/f"{name}.html").write_text(f"{name} {baseline.sae.fingerprint() if name == 'baseline' else 'of another run'}")
+    before = files(pages)
+    assert explored(setting, tmp_path, pages) == [pages/"baseline.html"] and files(pages) == before
+    assert explored(setting, tmp_path/"nowhere", pages) == []
