@@ -115,6 +115,7 @@ def run(
     if record.finished: return record
     plan.training.count()
     write_json(record.path/"config.json", plan.config)
+    exam_of(plan.setting, out).need_questions() # before hours of training rather than after
     if not _taken_over(plan, out): _train(plan, out, progress)
     judge(record.sae, plan.setting, record.path/"evals", plan.setting.recorded, out)
     _conclude(record, plan.setting, plan.training)
@@ -326,7 +327,7 @@ def _make_all(work, setting, common, jobs, total):
                 for part in parts: told(_make([part], common))
             return
         store_of(setting, common["out"]) # what all of them need is made first, with all cores
-        exam_of(setting, common["out"])
+        exam_of(setting, common["out"]).need_questions()
         with closing(at_once(_make, [(parts, common) for parts in work], jobs)) as ended:
             for _, made in ended: told(made)
 

@@ -7,10 +7,10 @@ __all__ = ['SUBJECTS', 'QUICK_GRID', 'TINY_GRID', 'PRESETS', 'Preset', 'tiny', '
 
 # %% ../nbs/20_presets.ipynb #1c116ec0
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-from .core import pick
+from .core import SaenbError, pick, within
 from .evals.absorption import AbsorptionSetup
 from .evals.core import CoreSetup
 from .evals.entanglement import EntanglementSetup
@@ -45,6 +45,16 @@ class Preset:
     store_dtype: str = "float32" # type of the stream on disk
     model_dtype: str = "float32" # type of the model's weights
 
+    def __post_init__(self):
+        for name, low in dict(layer=0, d_sae=1, seeds=1, at_once=1, seq_len=2).items(): within(name, getattr(self, name), low)
+        if self.harvest_tokens is not None: within("harvest_tokens", self.harvest_tokens, 1)
+        for dtype in (self.store_dtype, self.model_dtype): pick(dtype, ("float32", "bfloat16", "float16"), "type of numbers")
+        if not self.texts: raise SaenbError("The preset has no texts to train on; give one or more.")
+        for name in self.recorded: pick(name, EVALS, "evaluation")
+        if "unlearning" not in self.recorded: raise SaenbError("The preset's records lack the unlearning evaluation, which every record is judged by; add it to recorded.")
+        for change in self.sweep:
+            for knob in change: pick(knob, ("d_sae", *TrainConfig.__dataclass_fields__), "knob to change")
+
     @property
     def unlearning(self) -> UnlearningSetup: return self.evals["unlearning"]
 
@@ -78,14 +88,14 @@ def tiny_full(folder: str | None = None) -> Preset:
                    sweep=(dict(steps=300), dict(lr=1e-3), dict(sparsity_penalty=0.16), dict(d_sae=384)))
 
 # %% ../nbs/20_presets.ipynb #b8e74913
-def gemma() -> Preset:
-    "The logs' setting: layer 19 of gemma-2-2b, with WMDP and MMLU."
+def gemma(layer: int = 19) -> Preset:
+    "The logs' setting: a layer of gemma-2-2b, with WMDP and MMLU."
     forget = TextSource("cais/wmdp-bio-forget-corpus", side="forget", min_chars=50)
     retain = TextSource("Salesforce/wikitext", "wikitext-2-raw-v1", "test", side="retain", min_chars=50)
     corpora = dict(forget=forget, retain=retain)
     questions = tuple(QuestionSource(s, "cais/wmdp" if s == "wmdp-bio" else "cais/mmlu") for s in SUBJECTS)
     return Preset(
-        name="gemma-2-2b", model="google/gemma-2-2b", answer_model="google/gemma-2-2b-it", layer=19,
+        name="gemma-2-2b" if layer == 19 else f"gemma-2-2b-layer-{layer}", model="google/gemma-2-2b", answer_model="google/gemma-2-2b-it", layer=layer,
         texts=(forget, TextSource("cais/wmdp-corpora", "bio-retain-corpus", side="retain", min_chars=50),
                TextSource("monology/pile-uncopyrighted", side="neither", min_chars=50)),
         d_sae=2304, training=TrainConfig(tokens=50_000_000), seeds=3, harvest_tokens=50_000_000, store_dtype="bfloat16",
@@ -93,11 +103,16 @@ def gemma() -> Preset:
             unlearning=UnlearningSetup(questions=questions, **corpora), sparse_probing=SparseProbingSetup(dataset_names=tuple(n for n, s in SETS.items() if not s.scripted)), core=CoreSetup(**corpora), absorption=AbsorptionSetup(),
             positional=PositionalSetup(order=(SentenceOrder("sentences", retain),), **corpora), separation=SeparationSetup(**corpora), entanglement=EntanglementSetup(**corpora)))
 
-PRESETS = {"tiny": tiny, "tiny-full": tiny_full, "gemma-2-2b": gemma}
+PRESETS = {"tiny": tiny, "tiny-full": tiny_full, "gemma-2-2b": gemma, "gemma-2-2b-layer-5": partial(gemma, 5), "gemma-2-2b-layer-12": partial(gemma, 12)}
+
+def preset(name: str) -> Preset:
+    "The preset of that name; a .toml file counts as one, and so does a world's folder, alone or with -full behind it."
+    if not name.endswith(".toml"): return _named(name)
+    from saenb.preset_files import preset_from # which builds on this module
+    return preset_from(name)
 
 @cache
-def preset(name: str) -> Preset:
-    "The preset of that name; a world's folder counts as one, alone or with -full behind it."
+def _named(name: str) -> Preset:
     if name in PRESETS: return PRESETS[name]()
     for folder, budget in ((name, tiny), (name.removesuffix("-full"), tiny_full)):
         if (Path(folder)/"world.json").exists(): return budget(folder)

@@ -140,5 +140,7 @@ def boot(
         if "gated" in str(e).lower(): raise SaenbError(gated(name, "model")) from None
         raise SaenbError(f"The model {name} cannot be loaded ({reason(e)}); check the name, the network, "
                          "or name a local folder.") from None
+    if model.tokenizer.bos_token is None: model.tokenizer.bos_token = model.tokenizer.eos_token # some models begin with what ends others
+    if model.tokenizer.pad_token is None: model.tokenizer.pad_token = model.tokenizer.eos_token
     for p in model.parameters(): p.requires_grad_(False)
     return model.eval()

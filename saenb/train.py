@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .core import SaenbError, fingerprint, hold_memory, read_tensors, write_tensors
+from .core import SaenbError, fingerprint, hold_memory, pick, read_tensors, within, write_tensors
 from .harvest import Batch, Store
 from .sae import MECHANISMS, SAE
 
@@ -37,6 +37,12 @@ class TrainConfig:
     precision: str = "auto" # float32, bfloat16 products, or auto: what the processor does fastest
     log_every: int = 20 # steps between lines of the log
     checkpoint_every: int = 500 # steps between checkpoints
+
+    def __post_init__(self):
+        for name, low in dict(batch=1, lr=0.0, sparsity_penalty=0.0, warmup=0, seed=0, log_every=1, checkpoint_every=1).items(): within(name, getattr(self, name), low)
+        for name, low in dict(steps=0, tokens=1).items(): within(name, low if getattr(self, name) is None else getattr(self, name), low)
+        within("decay", self.decay, 0.0, 1.0)
+        pick(self.precision, ("auto", "float32", "bfloat16"), "precision")
 
     def count(self) -> int:
         "The number of optimiser steps."

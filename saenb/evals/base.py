@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import SaenbError, fingerprint, hold_memory
+from ..core import SaenbError, fingerprint, hold_memory, within
 from ..harvest import is_text, stream_at
 from ..sae import SAE
 from ..sources import TextSource
@@ -29,6 +29,9 @@ class CorpusSetup:
     dataset_size: int = 1024 # rows of text a corpus
     seq_len: int = 1024 # tokens a row
     random_seed: int = 42 # decides which rows, and every other draw
+
+    def __post_init__(self):
+        for name, low in dict(dataset_size=1, seq_len=2, random_seed=0).items(): within(name, getattr(self, name), low)
 
 def reference_rows(tokenizer, texts: list[str], seq_len: int) -> torch.Tensor:
     "Texts as rows of tokens, cut the reference's way."
