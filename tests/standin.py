@@ -102,6 +102,7 @@ def teach(model, tokenizer, hub: Path, blocks: int = 3):
     "Let the last blocks learn the questions by heart, in every order of their choices; all else stays random."
     import itertools
     import torch
+    torch.set_num_threads(1) # for products as small as these, several threads mostly wait for each other
     from saenb.evals.unlearning import LETTERS, question_prompt
     from saenb.presets import preset
     from saenb.sources import QuestionSource

@@ -86,4 +86,11 @@ def supervised_ceiling(
 
 def told_sides(exam: Exam, limit: int = 100_000) -> dict[str, torch.Tensor]:
     "Stream vectors of both corpora."
-    return {side: torch.cat([x[keep] for x, keep in exam.corpus(side)])[:limit] for side in ("forget", "retain")}
+    def first(side):
+        parts, count = [], 0
+        for x, keep in exam.corpus(side):
+            parts.append(x[keep].float().cpu())
+            count += len(parts[-1])
+            if count >= limit: break
+        return torch.cat(parts)[:limit]
+    return {side: first(side) for side in ("forget", "retain")}
