@@ -27,7 +27,7 @@ def runs_command(args):
 def run_command(args):
     "Make one record."
     from saenb.lab import run
-    record = run(args.id, args.preset, args.seed, args.out, args.steps)
+    record = run(args.id, args.preset, args.seed, args.out, args.steps, track=args.track)
     if args.json: return record.info
     print(record)
     print(f"Its dictionary, log and results are in {record.path}; {record.path/'notes.md'} tells what was found.")
@@ -40,7 +40,7 @@ def reproduce_command(args):
     if args.full and (args.preset.endswith(".toml") or args.preset.startswith("gemma")): raise SaenbError(f"{args.preset} has one length only; leave --full out.")
     preset = f"{args.preset}-full" if args.full and not args.preset.endswith("-full") else args.preset
     figures = args.figures or ("figures" if preset == "tiny-full" else None)
-    records, drawn = reproduce(args.experiments, preset, args.out, figures, args.seeds, args.steps, args.jobs)
+    records, drawn = reproduce(args.experiments, preset, args.out, figures, args.seeds, args.steps, args.jobs, args.track)
     made = dict(records=[str(r.path) for r in records], figures=[str(p) for p in drawn])
     if args.json: return made
     print("\nRecords, one folder a run and seed:", *made["records"], sep="\n  ")
@@ -161,14 +161,15 @@ def parser() -> argparse.ArgumentParser:
     preset = option("--preset", default="tiny", help="tiny, tiny-full, gemma-2-2b (or -layer-5, -layer-12), a .toml file of your own, or the folder of a world that you built (default: tiny)")
     out = option("--out", default="runs", help="folder of the records (default: runs)")
     steps = option("--steps", type=whole, help="training steps (default: the preset's)")
+    track = option("--track", choices=("tensorboard", "wandb"), help="send training logs there as well")
     figures = option("--figures", help="folder of the figures (default: with the records; figures/ with --full)")
     sae = option("sae", help="a dictionary's folder, or its name on the hub")
 
     command("runs", runs_command)
-    command("run", run_command, option("id", help="experiment/number, as `saenb runs` lists them"), preset, option("--seed", type=int, default=0), steps, out)
+    command("run", run_command, option("id", help="experiment/number, as `saenb runs` lists them"), preset, option("--seed", type=int, default=0), steps, out, track)
     command("reproduce", reproduce_command, option("experiments", nargs="*", help="some experiments (default: all)"), preset,
             option("--full", action="store_true", help="the length and seeds that the reports are made of"), option("--seeds", type=whole, help="seeds a run"), steps,
-            option("--jobs", type=whole, help="records under way at the same time (default: one a core on an embedded world, up to 8; otherwise 1)"), out, figures)
+            option("--jobs", type=whole, help="records under way at the same time (default: one a core on an embedded world, up to 8; otherwise 1)"), out, figures, track)
     command("check", check_command, preset, out)
     command("eval", eval_command, sae, option("--evals", help=f"some of {', '.join(EVALS)}, with commas between (default: all)"), preset, out,
             option("--force", action="store_true", help="judge again even if the result is there"))

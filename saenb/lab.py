@@ -36,6 +36,7 @@ from .runs.base import Run
 from .runs.table import RUNS, find_run
 from .sae import CONFIG, WEIGHTS, SAE, SAEConfig, make_mechanism
 from .sources import boot
+from .trackers import as_numbers, need_tracker, tracked
 from .train import CHECKPOINT, LOG, TrainConfig, Trainer
 
 # %% ../nbs/21_lab.ipynb #75ce7364
@@ -106,6 +107,7 @@ def run(
     steps: int | None = None, # another training length than the preset's
     change: dict | None = None, # other knobs: d_sae, fields of TrainConfig, settings of the run's mechanisms, or `without` one of them; makes a variant beside the run
     progress: bool = True, # show bars
+    track: str | None = None, # send the log to tensorboard or wandb as well
 ) -> Record:
     "Make one record, or find it."
     plan = _plan(id, preset, seed, out, steps, change)
@@ -113,12 +115,15 @@ def run(
     if (record.path/"config.json").exists() and record.config != json.loads(json.dumps(plan.config)):
         raise SaenbError(f"{record.path} holds a record of other settings; choose another --out, or delete that folder.")
     if record.finished: return record
+    need_tracker(track)
     plan.training.count()
     write_json(record.path/"config.json", plan.config)
     exam_of(plan.setting, out).need_questions() # before hours of training rather than after
-    if not _taken_over(plan, out): _train(plan, out, progress)
-    judge(record.sae, plan.setting, record.path/"evals", plan.setting.recorded, out)
-    _conclude(record, plan.setting, plan.training)
+    with tracked(track, record.path, plan.config) as watch:
+        if not _taken_over(plan, out): _train(plan, out, progress, watch)
+        judge(record.sae, plan.setting, record.path/"evals", plan.setting.recorded, out)
+        _conclude(record, plan.setting, plan.training)
+        if watch: watch.results(as_numbers(record.info["headlines"]))
     (record.path/CHECKPOINT).unlink(missing_ok=True)
     return record
 
@@ -161,7 +166,7 @@ def _model_name(setting):
     return f"{_shared(setting)} {fingerprint(beginnings)[:8]}"
 
 # %% ../nbs/21_lab.ipynb #3f33c79c
-def _train(plan, out, progress):
+def _train(plan, out, progress, watch=None):
     "Train the plan's dictionary and write it."
     record, config, store = plan.record, plan.config, store_of(plan.setting, out)
     need_room(record.path, 16 * store.d_in * config["d_sae"] * 4, "Training this dictionary")
@@ -169,7 +174,7 @@ def _train(plan, out, progress):
                     about=dict(run=plan.definition.id, preset=config["preset"], seed=config["seed"]))
     sae = SAE(cfg).initialise(store.rows(0, 2**15).x, config["seed"])
     mechanisms = [make_mechanism(name, settings, cfg) for name, settings in plan.definition.mechanisms]
-    trainer = Trainer(sae, store, mechanisms, plan.training, record.path)
+    trainer = Trainer(sae, store, mechanisms, plan.training, record.path, watch)
     sae = trainer.fit(progress)
     write_json(record.path/"timing.json", dict(training_seconds=round(trainer.seconds, 2), seconds_a_step=round(trainer.seconds / max(1, trainer.steps), 5)))
     sae.save(record.path/"sae") # last, and its configuration last of all: where that is, everything is
@@ -292,11 +297,13 @@ def reproduce(
     seeds: int | None = None, # seeds a run; the preset's own number if not said
     steps: int | None = None, # another training length than the preset's
     jobs: int | None = 1, # records under way at the same time, each in a process of its own; None: as many as the preset and the machine's cores allow
+    track: str | None = None, # send logs to tensorboard or wandb as well
 ) -> tuple[list[Record], list[Path]]:
     "Make all records, controls, run logs, figures and pages that are not there yet."
     setting = find_preset(preset)
     if seeds == 0: raise SaenbError("With 0 seeds there is nothing to make; ask for 1 or more.")
     if jobs == 0: raise SaenbError("With 0 jobs nothing would be made; ask for 1 or more.")
+    need_tracker(track)
     jobs = jobs or min(setting.at_once, cores())
     chosen = [r for r in RUNS.values() if not experiments or r.experiment in experiments]
     records, work = [], {}
@@ -305,7 +312,7 @@ def reproduce(
             for change in (None, *sweep_of(definition, setting)):
                 plan = _plan(definition.id, preset, seed, out, steps, change)
                 records.append(plan.record)
-                work.setdefault(plan.recipe, []).append((run, dict(id=definition.id, seed=seed, change=change, progress=jobs == 1)))
+                work.setdefault(plan.recipe, []).append((run, dict(id=definition.id, seed=seed, change=change, progress=jobs == 1, track=track)))
         work.setdefault(_plan("orthogonality/0", preset, seed, out, steps).recipe, []).append((controls, dict(seed=seed)))
     _make_all(list(work.values()), setting, dict(preset=preset, out=out, steps=steps), jobs, len(records))
     if setting.sweep:

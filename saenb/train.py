@@ -9,6 +9,7 @@ __all__ = ['LOGS_WIDTH', 'LOG', 'CHECKPOINT', 'TrainConfig', 'Mechanism', 'Step'
 # %% ../nbs/03_train.ipynb #71563062
 import json
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,11 +120,12 @@ class Trainer:
         mechanisms: list[Mechanism] = (), # the ideas that take part
         cfg: TrainConfig = TrainConfig(), # how to train
         out: str | Path | None = None, # folder for the log and the checkpoint; None keeps everything in memory
+        watch: Callable | None = None, # also called with each line of the log
     ):
         if sae.cfg.d_in != store.d_in:
             raise SaenbError(f"The store in {store.path} is {store.d_in} wide and the dictionary reads {sae.cfg.d_in}; "
                              "harvest that model's stream or make a dictionary of that width.")
-        self.sae, self.store, self.cfg, self.out = sae, store, cfg, Path(out) if out else None
+        self.sae, self.store, self.cfg, self.out, self.watch = sae, store, cfg, Path(out) if out else None, watch
         self.steps, self.index, self.history, self.seconds = cfg.count(), 0, [], 0.0
         self.mechanisms = nn.ModuleList(mechanisms).to(sae.device)
         sae.gates = nn.ModuleList(m for m in mechanisms if m.gate)
@@ -240,6 +242,7 @@ class Trainer:
         self.history.append(line)
         if self.out:
             with open(self.out/LOG, "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
+        if self.watch: self.watch(line)
 
     @property
     def dead_after(self) -> int:
