@@ -48,6 +48,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                            'saenb.cli.reproduce_command': ('cli.html#reproduce_command', 'saenb/cli.py'),
                            'saenb.cli.run_command': ('cli.html#run_command', 'saenb/cli.py'),
                            'saenb.cli.runs_command': ('cli.html#runs_command', 'saenb/cli.py'),
+                           'saenb.cli.sentence': ('cli.html#sentence', 'saenb/cli.py'),
                            'saenb.cli.whole': ('cli.html#whole', 'saenb/cli.py'),
                            'saenb.cli.world_command': ('cli.html#world_command', 'saenb/cli.py')},
             'saenb.compare': { 'saenb.compare._interval': ('compare.html#_interval', 'saenb/compare.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNWRITABLE', 'runs_command', 'run_command', 'reproduce_command', 'check_command', 'eval_command', 'autopsy_command',
-           'explore_command', 'compare_command', 'figures_command', 'world_command', 'Parser', 'parser', 'whole',
-           'main']
+           'explore_command', 'compare_command', 'figures_command', 'world_command', 'Parser', 'sentence', 'parser',
+           'whole', 'main']
 
 # %% ../nbs/22_cli.ipynb #2c1feed0
 import argparse
@@ -144,7 +144,12 @@ def world_command(args):
 class Parser(argparse.ArgumentParser):
     "Says what is wrong in one sentence instead of a page of usage."
     def error(self, message):
-        self.exit(2, f"saenb: {message}; see `{self.prog} --help`.\n")
+        self.exit(2, sentence(f"{message}; see `{self.prog} --help`."))
+
+def sentence(text: str) -> str:
+    "A complaint on one line, whatever came in with it."
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return f"saenb: {printable if len(printable) < 2000 else f'{printable[:900]} ... {printable[-900:]}'}\n"
 
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
@@ -183,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
             option("--seed", type=int, default=1, help="default: 1, the seed of the world that ships"), option("--overlap", type=float, default=0.25, help="difficulty from 0 to 1 (default: 0.25)"))
     return top
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 def whole(text: str) -> int:
     "A whole number that is not negative."
@@ -196,12 +201,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try: answer = args.action_(args)
     except SaenbError as e:
-        print(f"saenb: {e}", file=sys.stderr)
+        sys.stderr.write(sentence(str(e)))
         return 2
     except OSError as e:
         if e.errno not in UNWRITABLE: raise
-        print(f"saenb: {e.filename or getattr(args, 'out', '.')} cannot be read or written ({e.strerror}); what was finished is kept, so mend that or choose another folder, and run the same command again.",
-              file=sys.stderr)
+        sys.stderr.write(sentence(f"{e.filename or getattr(args, 'out', '.')} cannot be read or written ({e.strerror}); what was finished is kept, so mend that or choose another folder, and run the same command again."))
         return 2
     except KeyboardInterrupt:
         print("saenb: Stopped; what was finished is kept, and the same command goes on from there.", file=sys.stderr)
