@@ -48,7 +48,7 @@ def model_of(name: str, dtype: str = "float32"):
 def store_of(setting: Preset, out: str | Path = "runs") -> Store:
     "The preset's store, harvested if it is not there."
     folder = Path(out)/_shared(setting)/"store"
-    about = dict(model=_model_name(setting), sources=[s.name or Path(s.path).name for s in setting.texts])
+    about = dict(model=_model_name(setting), sources=[asdict(s) | dict(path=Path(s.path).name) for s in setting.texts])
     if (folder/"store.json").exists():
         kept = Store(folder).about
         if kept["texts"] != about: raise SaenbError(f"{folder} holds another model's stream or other texts ({kept['texts']}); choose another --out, or delete that folder.")
