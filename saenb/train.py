@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from .core import SaenbError, fingerprint, hold_memory, pick, read_tensors, within, write_tensors
 from .harvest import Batch, Store
 from .sae import MECHANISMS, SAE
+from .sparse import Autoencode
 
 # %% ../nbs/03_train.ipynb #a5006be3
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Step:
     reconstruction: torch.Tensor # [n, d_in]
     losses: dict # terms of the loss so far, by name
     trainer: object # the Trainer below, for its optimiser, its generator and its configuration
-    active: torch.Tensor | None = None # tokens on which each feature is active, counted once weights have moved
+    active: torch.Tensor | None = None # tokens on which each feature is active, known once weights have moved
 
     @property
     def x(self): return self.batch.x
@@ -90,7 +91,7 @@ class Step:
 # %% ../nbs/03_train.ipynb #11b90d4d
 def reconstruction_loss(x, reconstruction, scale):
     "Squared error in units of the stream's variance."
-    return (reconstruction - x).pow(2).sum(1).mean() / scale**2
+    return torch.nn.functional.mse_loss(reconstruction, x, reduction="sum") / len(x) / scale**2
 
 def sparsity_loss(f, scale, d_in):
     "L1 norm of the activations in units of the stream's scale, counted at the logs' width."
@@ -159,12 +160,10 @@ class Trainer:
         "Everything that happens to one batch."
         sae, (lr, rise) = self.sae, self.schedule(self.index)
         for group in self.optimizer.param_groups: group["lr"] = self.cfg.lr * lr * group["rate"]
-        with self.products(sae.cfg.d_in, sae.cfg.d_sae):
-            f = sae.encode(batch.x, batch.position)
-            reconstruction = sae.decode(f)
+        f, sums, reconstruction, active = self.forward(batch)
         losses = dict(reconstruction=reconstruction_loss(batch.x, reconstruction, sae.cfg.scale),
-                      sparsity=self.cfg.sparsity_penalty * rise * sparsity_loss(f, sae.cfg.scale, sae.cfg.d_in))
-        step = Step(self.index, sae, batch, f, reconstruction, losses, self)
+                      sparsity=self.cfg.sparsity_penalty * rise * sparsity_loss(sums, sae.cfg.scale, sae.cfg.d_in))
+        step = Step(self.index, sae, batch, f, reconstruction, losses, self, active)
         for m in self._with("penalty"):
             losses |= {f"{type(m).__name__}.{name}": value for name, value in m.penalty(step).items()}
         loss = sum(losses.values())
@@ -180,6 +179,15 @@ class Trainer:
             for m in self._with("after_step"): m.after_step(step)
             if self._order is not None: self._change_places()
         self.index += 1
+
+    def forward(self, batch: Batch):
+        "A batch's activations, their sums [n, 1], its reconstruction, and on how many tokens each feature is active."
+        sae = self.sae
+        if not (sae.gates or self._with("after_backward") or sae.device.type != "cpu"): # nothing stands between encoder and decoder, or asks for gradients there
+            return Autoencode.apply(batch.x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, getattr(torch, self.precision(sae.cfg.d_in, sae.cfg.d_sae)))
+        with self.products(sae.cfg.d_in, sae.cfg.d_sae):
+            f = sae.encode(batch.x, batch.position)
+            return f, f.sum(1, keepdim=True), sae.decode(f), None
 
     def reorder(self, order: torch.Tensor):
         "Let features change places once the step under way is over: `order` says which one comes first, and so on."
@@ -217,14 +225,17 @@ class Trainer:
 
     def _with(self, hook): return [m for m in self.mechanisms if getattr(m, hook)]
 
+    def precision(self, inner: int, outer: int) -> str:
+        "The precision that suits a factor of this size."
+        return fast_precision(inner, outer) if self.cfg.precision == "auto" else self.cfg.precision
+
     def products(self, inner: int, outer: int):
-        "Within it, matrix products are computed in the precision that suits a factor of this size."
-        precision = fast_precision(inner, outer) if self.cfg.precision == "auto" else self.cfg.precision
-        return torch.autocast(self.sae.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+        "Within it, matrix products are computed in that precision."
+        return torch.autocast(self.sae.device.type, torch.bfloat16) if self.precision(inner, outer) == "bfloat16" else nullcontext()
 
     def _note(self, step, loss):
         "Remember this step's numbers on the device; nothing is waited for."
-        step.active = (step.f > 0).sum(0)
+        if step.active is None: step.active = (step.f > 0).sum(0)
         self.since_fired.add_(1).masked_fill_(step.active > 0, 0)
         self._terms = ["loss", *step.losses, "l0"]
         self._pending.append(torch.stack([loss, *step.losses.values(), step.active.sum() / len(step.batch)]).detach().float())
