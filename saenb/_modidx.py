@@ -484,7 +484,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'saenb/interchange.py'),
                                    'saenb.interchange.Weights': ('interchange.html#weights', 'saenb/interchange.py'),
                                    'saenb.interchange.Weights.expect': ('interchange.html#weights.expect', 'saenb/interchange.py'),
-                                   'saenb.interchange.Weights.size': ('interchange.html#weights.size', 'saenb/interchange.py'),
+                                   'saenb.interchange.Weights.read': ('interchange.html#weights.read', 'saenb/interchange.py'),
                                    'saenb.interchange._class_of': ('interchange.html#_class_of', 'saenb/interchange.py'),
                                    'saenb.interchange._deeper': ('interchange.html#_deeper', 'saenb/interchange.py'),
                                    'saenb.interchange._folded': ('interchange.html#_folded', 'saenb/interchange.py'),
