@@ -2,7 +2,6 @@
 import http.server
 import io
 import json
-import pickle
 import random
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-import saenb
 from conftest import ROOT
 from saenb import interchange
 from saenb.core import SaenbError
@@ -113,7 +111,7 @@ def test_only_a_scaling_factor_of_one_is_passed_over(copy):
 
 def test_gates_are_their_definitions():
     draw = torch.Generator().manual_seed(0)
-    f, cfg = torch.relu(torch.randn(5, 7, 16, generator=draw)), SAEConfig(d_in=8, d_sae=16)
+    f = torch.relu(torch.randn(5, 7, 16, generator=draw))
     jump, top = interchange.JumpReLU(8, 16), interchange.TopK(8, 16, k=3)
     jump.threshold.copy_(torch.rand(16, generator=draw))
     assert torch.equal(jump.gate(None, f, None), f * (f > jump.threshold))
@@ -170,6 +168,7 @@ BAD = [ # a folder, a change of its configuration, what is said
     ("topk", lambda e: e.update(k="4"), "k='4'"),
     ("topk", lambda e: e.update(rescale_acts_by_decoder_norm=1), "rescale_acts_by_decoder_norm=1"),
     ("topk_before_6", lambda e: e.update(activation_fn_kwargs=[4]), "activation_fn_kwargs=a list"),
+    ("jumprelu", lambda e: e.update(activation_fn="topk", activation_fn_kwargs=dict(k=4)), "activation_fn='topk'"),
     ("jumprelu", lambda e: e.update(architecture="standard"), "threshold differ"),
     ("GatedAutoEncoder", lambda e: e.update(trainer=[]), "trainer=a list"),
     ("GatedAutoEncoder", lambda e: e["trainer"].update(dict_class="IdentityDict"), "dict_class='IdentityDict'"),
@@ -224,13 +223,13 @@ PT = {
     "no tensor that fits in it": lambda p: torch.save(state() | {"encoder.weight": torch.zeros(1).expand(2**20, 2**20)}, p),
     "more is no tensor": lambda p: torch.save(state() | dict(more=[1, 2]), p),
     "its tensors have no names": lambda p: torch.save(torch.zeros(3), p),
-    "describe its tensors": lambda p: torch.save({str(i): torch.zeros(1) for i in range(20_000)}, p),
+    "bytes in 1 places describe its tensors": lambda p: torch.save({str(i): torch.zeros(1) for i in range(20_000)}, p),
     "torch.save writes since 1.6": lambda p: torch.save(state(), p, _use_new_zipfile_serialization=False),
     "should be a matrix": lambda p: torch.save(state() | {"encoder.weight": torch.zeros(8)}, p),
     "could be AutoEncoderTopK or BatchTopKSAE": lambda p: shutil.copy(FOLDERS["BatchTopKSAE"]/"ae.pt", p),
     "holds none of the dictionaries": lambda p: torch.save(dict(weight=torch.zeros(2, 2)), p),
     "decoder.weight differ": lambda p: torch.save(state() | {"decoder.weight": torch.zeros(8, 15)}, p),
-    "values to unpack": packed_twice,
+    "bytes in 2 places describe its tensors": packed_twice,
     "is not a readable dictionary": lambda p: p.write_bytes((FOLDERS["AutoEncoder"]/"ae.pt").read_bytes()[:2000]),
 }
 
