@@ -100,7 +100,7 @@ class Theirs:
     "Other packages in an environment and a process of their own, asked one thing at a time."
     def __init__(self, python: Path, work: Path, threads: int, script: str = "reference.py"):
         self.script, self.log = script, work/"log.txt"
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), HF_HOME=str(work/"hub"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore")
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), HF_HOME=str(work/"hub"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore", PYTHONHASHSEED="0")
         for name in ("PYTHONPATH", "PYTHONHOME"): env.pop(name, None)
         self.process = subprocess.Popen([python, HERE/script], cwd=work, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"))
 
