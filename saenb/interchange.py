@@ -9,7 +9,7 @@ __all__ = ['PACKED', 'TENSORS', 'KINDS', 'RENAMED', 'ARCHITECTURES', 'OWN', 'SCA
            'refuse', 'from_saelens', 'Large', 'Weightless', 'from_dictionary_learning', 'from_gemma_scope', 'read',
            'from_hub', 'export']
 
-# %% ../nbs/02_interchange.ipynb #9a1399f5
+# %% ../nbs/02_interchange.ipynb #3c38caa2
 import math
 import os
 import pickletools
@@ -28,7 +28,7 @@ from .core import SaenbError, read_json, write_json, write_tensors
 from .sae import CONFIG, SAE, SAEConfig, WEIGHTS, make_mechanism, to_file
 from .train import Mechanism
 
-# %% ../nbs/02_interchange.ipynb #944f4bd8
+# %% ../nbs/02_interchange.ipynb #c2352594
 class JumpReLU(Mechanism):
     "Silences activations that do not exceed their feature's threshold."
     def __init__(self, d_in, d_sae):
@@ -50,7 +50,7 @@ class TopK(Mechanism):
         strongest = f.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(f).scatter(-1, strongest.indices, strongest.values)
 
-# %% ../nbs/02_interchange.ipynb #2106e9f6
+# %% ../nbs/02_interchange.ipynb #8a1aad6d
 @dataclass(frozen=True)
 class Weights:
     "A file of tensors."
@@ -120,7 +120,7 @@ def look_pt(path: Path) -> Weights:
 TENSORS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
            *(f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Int", "Long"))}
 
-# %% ../nbs/02_interchange.ipynb #193aa3d3
+# %% ../nbs/02_interchange.ipynb #8ced8534
 def fold(
     w: dict[str, torch.Tensor], # W_enc, W_dec, b_enc, b_dec, or b_gate, b_mag and r_mag in b_enc's place; a threshold or none
     subtracts: bool = True, # whether the encoder subtracts b_dec
@@ -157,7 +157,7 @@ def as_sae(
     sae.load_state_dict({"gates.0.threshold" if name == "threshold" else name: t for name, t in w.items()})
     return sae.eval()
 
-# %% ../nbs/02_interchange.ipynb #0722e7a1
+# %% ../nbs/02_interchange.ipynb #efdbd7b5
 def configuration(path: Path) -> dict:
     "A JSON file of a size and depth that configurations have."
     if path.exists() and path.stat().st_size > 2**20: raise SaenbError(f"{path} is no dictionary configuration: it is {path.stat().st_size:,} bytes long.")
@@ -204,7 +204,7 @@ def layer_of(hook_name: str | None) -> int | None:
 
 def refuse(path: Path, what: str, why: str): raise SaenbError(f"{path} asks for {what}, which saenb does not read: {why}.")
 
-# %% ../nbs/02_interchange.ipynb #9d6cc4d0
+# %% ../nbs/02_interchange.ipynb #74700b76
 RENAMED = dict(hook_point="hook_name", activation_fn_str="activation_fn") # before SAELens 6
 ARCHITECTURES = dict( # SAELens' names, and what each has besides W_enc, W_dec and b_dec
     standard=("b_enc",), topk=("b_enc",), jumprelu=("b_enc", "threshold"), gated=("b_gate", "b_mag", "r_mag"),
@@ -266,7 +266,7 @@ def _inputs(entry, path):
 
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 
-# %% ../nbs/02_interchange.ipynb #47e47bd5
+# %% ../nbs/02_interchange.ipynb #3448d384
 class Large(Exception):
     "A tensor is larger than it may be."
 
@@ -303,7 +303,7 @@ def _own(cfg, shapes, weights, entry, path):
     sae.load_state_dict(weights.read())
     return sae.eval()
 
-# %% ../nbs/02_interchange.ipynb #296be8b9
+# %% ../nbs/02_interchange.ipynb #8797aa17
 LINEAR = dict(W_enc="encoder.weight", b_enc="encoder.bias", W_dec="decoder.weight")
 PARAMETERS = dict(W_enc="W_enc", b_enc="b_enc", W_dec="W_dec", b_dec="b_dec", threshold="threshold")
 CLASSES = dict( # dictionary_learning's classes, and what they call our tensors
@@ -357,7 +357,7 @@ def _place_of(trainer):
     layer = int(found[1]) if found else trainer.get("layer")
     return dict(hook_name=f"blocks.{layer}.hook_resid_post" if found else "", hook_layer=layer, model_name=trainer.get("lm_name") or "")
 
-# %% ../nbs/02_interchange.ipynb #a21b2337
+# %% ../nbs/02_interchange.ipynb #d32e0d82
 SITES = dict(res="hook_resid_post", mlp="hook_mlp_out", att="attn.hook_z")
 
 def from_gemma_scope(path: Path) -> SAE:
@@ -375,7 +375,7 @@ def from_gemma_scope(path: Path) -> SAE:
         if layers: known |= dict(hook_name=f"blocks.{layers[0]}.{SITES[site]}")
     return as_sae(fold(weights.read(), subtracts=False), known)
 
-# %% ../nbs/02_interchange.ipynb #bc42339c
+# %% ../nbs/02_interchange.ipynb #d8657021
 FORMATS = {CONFIG: from_saelens, "ae.pt": from_dictionary_learning, "params.npz": from_gemma_scope}
 FILES = (CONFIG, WEIGHTS, SCALER, WHITENING, "ae.pt", "config.json", "params.npz") # all that may belong to a dictionary
 
@@ -387,7 +387,7 @@ def read(path: str | Path) -> SAE:
         if (path/name).is_file(): return reader(path/name)
     raise SaenbError(f"{path} holds no dictionary (no {', '.join(FORMATS)}); name a folder with {CONFIG} and {WEIGHTS}, or one that dictionary_learning or Gemma Scope wrote.")
 
-# %% ../nbs/02_interchange.ipynb #642fd977
+# %% ../nbs/02_interchange.ipynb #54962175
 def from_hub(
     name: str, # owner/name, or owner/name/folder/inside
     **options, # of huggingface_hub's snapshot_download
@@ -408,7 +408,7 @@ def from_hub(
         raise SaenbError(f"The repository {repository} has no dictionary {'in ' + '/'.join(inside) if inside else 'at its top'} (no {', '.join(FORMATS)}); name the folder that holds one, as in owner/name/folder/inside.")
     return read(folder)
 
-# %% ../nbs/02_interchange.ipynb #7796e7b7
+# %% ../nbs/02_interchange.ipynb #5774ce42
 def export(
     sae: SAE, # the dictionary
     folder: str | Path, # where to write it
