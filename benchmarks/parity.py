@@ -97,21 +97,21 @@ def environment(folder: Path) -> Path:
 
 
 class Theirs:
-    "SAEBench in an environment and a process of its own, asked one thing at a time."
-    def __init__(self, python: Path, work: Path, threads: int):
-        self.log = work/"log.txt"
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), HF_HOME=str(work/"hub"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore")
+    "Other packages in an environment and a process of their own, asked one thing at a time."
+    def __init__(self, python: Path, work: Path, threads: int, script: str = "reference.py"):
+        self.script, self.log = script, work/"log.txt"
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), HF_HOME=str(work/"hub"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore", PYTHONHASHSEED="0")
         for name in ("PYTHONPATH", "PYTHONHOME"): env.pop(name, None)
-        self.process = subprocess.Popen([python, HERE/"reference.py"], cwd=work, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"))
+        self.process = subprocess.Popen([python, HERE/script], cwd=work, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"))
 
     def ask(self, do: str, **what) -> dict:
-        "One answer of reference.py."
+        "One answer of the script's."
         try: print(json.dumps(dict(do=do, **what)), file=self.process.stdin, flush=True)
         except BrokenPipeError: pass
         answer = self.process.stdout.readline()
         if answer: return json.loads(answer)
         end = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-12:])
-        raise SaenbError(f"SAEBench stopped at {do!r}; the end of what it printed:\n{end}")
+        raise SaenbError(f"{self.script} stopped at {do!r}; the end of what it printed:\n{end}")
 
     def __enter__(self): return self
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNWRITABLE', 'runs_command', 'run_command', 'reproduce_command', 'check_command', 'eval_command', 'autopsy_command',
-           'explore_command', 'compare_command', 'figures_command', 'world_command', 'Parser', 'sentence', 'parser',
-           'whole', 'main']
+           'explore_command', 'export_command', 'compare_command', 'figures_command', 'world_command', 'Parser',
+           'sentence', 'parser', 'whole', 'main']
 
 # %% ../nbs/22_cli.ipynb #2c1feed0
 import argparse
@@ -113,6 +113,15 @@ def explore_command(args):
     if args.json: return dict(page=str(made), features=found["features"], clamped=found["clamped"])
     print(f"{made} shows {found['features']:,} features; open it in a browser.")
 
+def export_command(args):
+    "Write a dictionary for another tool."
+    from saenb.interchange import export
+    from saenb.records import Record
+    from saenb.sae import load_sae
+    said = export(load_sae(Record.place(args.sae)[0]), args.out)
+    if args.json: return dict(folder=args.out, said=said)
+    print(said)
+
 def compare_command(args):
     "Compare runs with their baselines, in pairs."
     from saenb.compare import as_table, compare, records_under, write_comparison
@@ -168,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
     steps = option("--steps", type=whole, help="training steps (default: the preset's)")
     track = option("--track", choices=("tensorboard", "wandb"), help="send training logs there as well")
     figures = option("--figures", help="folder of the figures (default: with the records; figures/ with --full)")
-    sae = option("sae", help="a dictionary's folder, or its name on the hub")
+    sae = option("sae", help="a dictionary's folder or file, of saenb or of another tool, or its name on the hub")
 
     command("runs", runs_command)
     command("run", run_command, option("id", help="experiment/number, as `saenb runs` lists them"), preset, option("--seed", type=int, default=0), steps, out, track)
@@ -181,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
     command("autopsy", autopsy_command, sae, preset, out)
     command("explore", explore_command, sae, preset, option("--out", default="features.html", help="the page (default: features.html)"), option("--records", default="runs", help="folder of the records (default: runs)"),
             option("--contexts", type=whole, default=6, help="texts a feature (default: 6)"), option("--effects", type=whole, default=64, help="features that are clamped alone (default: 64)"))
+    command("export", export_command, sae, option("--to", choices=("saelens",), required=True, help="the tool"), option("out", help="the folder to write"))
     command("compare", compare_command, option("records", nargs="+", help="folders of records, runs, experiments or whole presets"),
             option("--to", help="folder for the comparison as text, CSV and a picture"))
     command("figures", figures_command, preset, out, option("--figures", default="figures", help="folder of the figures (default: figures)"))

@@ -13,6 +13,7 @@ import numpy as np
 
 from .core import SaenbError, read_json
 from .evals.table import EVALS, evaluation
+from .interchange import FORMATS
 from .sae import CONFIG, SAE, load_sae
 from .train import LOG, read_log
 
@@ -56,11 +57,12 @@ class Record:
 
     @staticmethod
     def place(path: str | Path) -> tuple[str | Path, Path | None]:
-        "A dictionary's folder or name on the hub, and the folder of its results, from either folder of a record or from the dictionary itself."
+        "A dictionary's folder, file or name on the hub, and the folder of its results, from either folder of a record or from the dictionary itself."
         folder = Path(path)
+        if folder.is_file(): return folder, folder.parent/"evals"/("" if folder.name in FORMATS else folder.stem) # the folder's only one, or one of several
         if (folder/"sae"/CONFIG).exists(): folder = folder/"sae"
         if not folder.is_dir(): return path, None
-        return folder, (folder.parent if (folder.parent/"config.json").exists() else folder)/"evals"
+        return folder, (folder.parent if folder.name == "sae" and (folder.parent/"config.json").exists() else folder)/"evals"
 
     def headline(self, name: str) -> dict[str, tuple[float, float, float]]:
         "One evaluation's important numbers, each with its interval."

@@ -79,7 +79,7 @@ def test_help_comes_at_once(saenb):
         seconds.append(time.perf_counter() - began)
         assert done.returncode == 0
     listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ") and line[4] != " "}
-    assert {"runs", "run", "reproduce", "check", "eval", "autopsy", "explore", "compare", "figures", "world"} <= listed
+    assert {"runs", "run", "reproduce", "check", "eval", "autopsy", "explore", "export", "compare", "figures", "world"} <= listed
     assert min(seconds) < 0.5
 
 

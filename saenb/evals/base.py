@@ -76,6 +76,7 @@ class Readings:
         batch_tokens: int = 2**14, # tokens the model reads at a time
         room: int = 2**31, # bytes of stream to remember
     ):
+        if layer is None: raise SaenbError("Nobody knows which layer the dictionary explains; set its cfg.hook_layer, or give readings of that layer.")
         hold_memory()
         self.model, self.layer, self.batch_tokens, self.room, self._kept = model, layer, batch_tokens, room, {}
 
