@@ -90,8 +90,9 @@ def autopsy_command(args):
     from saenb.lab import exam_of
     from saenb.presets import preset
     from saenb.records import Record
+    from saenb.interchange import with_unit_rows
     from saenb.sae import load_sae
-    sae, setting = load_sae(Record.place(args.sae)[0]), preset(args.preset)
+    sae, setting = with_unit_rows(load_sae(Record.place(args.sae)[0])), preset(args.preset)
     exam = exam_of(setting, args.out)
     found = autopsy(exam.model, sae, setting.unlearning, exam)
     if args.json: return found
@@ -104,9 +105,10 @@ def explore_command(args):
     from saenb.lab import exam_of, judge
     from saenb.presets import preset
     from saenb.records import Record
+    from saenb.interchange import with_unit_rows
     from saenb.sae import load_sae
     dictionary, folder = Record.place(args.sae)
-    sae, setting = load_sae(dictionary), preset(args.preset)
+    sae, setting = with_unit_rows(load_sae(dictionary)), preset(args.preset)
     result = judge(sae, setting, folder, ["unlearning"], args.records)["unlearning"]
     found = explore(exam_of(setting, args.records), sae, setting.evals["separation"], result, args.contexts, args.effects)
     made = write_page(found, args.out, f"Features of {sae.cfg.about.get('run') or Path(args.sae).name}")

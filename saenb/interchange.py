@@ -7,9 +7,10 @@ __all__ = ['PACKED', 'TENSORS', 'KINDS', 'RENAMED', 'ARCHITECTURES', 'OWN', 'SCA
            'CLASSES', 'SITES', 'FORMATS', 'FILES', 'JumpReLU', 'TopK', 'Weights', 'unreadable', 'look',
            'look_safetensors', 'look_npz', 'look_pt', 'fold', 'as_sae', 'configuration', 'checked', 'layer_of',
            'refuse', 'from_saelens', 'Large', 'Weightless', 'from_dictionary_learning', 'from_gemma_scope', 'read',
-           'from_hub', 'export']
+           'with_unit_rows', 'from_hub', 'export']
 
 # %% ../nbs/02_interchange.ipynb #3c38caa2
+import copy
 import math
 import os
 import pickletools
@@ -386,6 +387,20 @@ def read(path: str | Path) -> SAE:
     for name, reader in FORMATS.items():
         if (path/name).is_file(): return reader(path/name)
     raise SaenbError(f"{path} holds no dictionary (no {', '.join(FORMATS)}); name a folder with {CONFIG} and {WEIGHTS}, or one that dictionary_learning or Gemma Scope wrote.")
+
+# %% ../nbs/02_interchange.ipynb #cb7dd052
+@torch.no_grad()
+def with_unit_rows(sae: SAE) -> SAE:
+    "The same dictionary with decoder rows of length one, where that changes nothing that it rebuilds."
+    length = sae.W_dec.norm(dim=1)
+    if ((length - 1).abs() < 1e-3).all() or any(isinstance(g, TopK) for g in sae.gates): return sae
+    length, sae = torch.where(length > 0, length, 1), copy.deepcopy(sae)
+    sae.W_dec /= length[:, None]
+    sae.W_enc *= length
+    sae.b_enc *= length
+    for gate in sae.gates:
+        if isinstance(gate, JumpReLU): gate.threshold *= length
+    return sae
 
 # %% ../nbs/02_interchange.ipynb #54962175
 def from_hub(

@@ -28,6 +28,7 @@ from .evals.unlearning import Exam, UnlearningSetup
 from .explorer import explore, write_page
 from .figures import draw_figures
 from .harvest import Store, harvest
+from .interchange import with_unit_rows
 from .jobs import at_once, cores
 from .logbook import write_logs
 from .presets import Preset, preset as find_preset
@@ -86,7 +87,7 @@ def judge(
     force: bool = False, # judge again what has been judged
 ) -> dict[str, dict]:
     "Results by evaluation, found or made."
-    results = {}
+    results, sae = {}, with_unit_rows(sae)
     for name in names or setting.evals:
         setup = pick(name, setting.evals, "evaluation")
         path = Path(folder)/f"{name}.json" if folder else None

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['SPARSE_BELOW', 'LOOKED_AT', 'weighted_sums', 'Active', 'pays', 'product', 'Autoencode']
 
-# %% ../nbs/03_sparse.ipynb #f3390d65
+# %% ../nbs/03_sparse.ipynb #74956fdb
 import warnings
 
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/03_sparse.ipynb #e5922a8b
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+# %% ../nbs/03_sparse.ipynb #4bef0820
+with warnings.catch_warnings(): # torch warns once that sparse tensors are young
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float32)
 
-# %% ../nbs/03_sparse.ipynb #f5dfbba5
+# %% ../nbs/03_sparse.ipynb #e10d82db
 def weighted_sums(
     starts: torch.Tensor, # where each sum's entries begin
     which: torch.Tensor, # the row that each entry adds
@@ -51,7 +53,7 @@ class Active:
         where = torch.sparse_csr_tensor(ends, self.feature, torch.zeros_like(self.value), self.shape, check_invariants=False)
         return torch.sparse.sampled_addmm(where, rows, table.T).values()
 
-# %% ../nbs/03_sparse.ipynb #43bf6ed0
+# %% ../nbs/03_sparse.ipynb #5a2bbd4d
 SPARSE_BELOW = {torch.float32: 1 / 8, torch.bfloat16: 1 / 40} # share of active entries below which sums are faster than dense products of a type
 LOOKED_AT = 64 # tokens of a batch by which that is decided
 
@@ -59,7 +61,7 @@ def pays(f: torch.Tensor, dtype: torch.dtype) -> bool:
     "Are these activations sparse enough?"
     return (f[:LOOKED_AT] > 0).float().mean().item() < SPARSE_BELOW[dtype]
 
-# %% ../nbs/03_sparse.ipynb #a8e3cbe3
+# %% ../nbs/03_sparse.ipynb #c6ea5209
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "A dense product in some precision."
     return (a.to(dtype) @ b.to(dtype)).float()

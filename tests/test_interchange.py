@@ -421,3 +421,24 @@ def test_a_foreign_dictionary_is_evaluated(fresh, small, harvested, tmp_path, ca
     assert 0 < result["eval_result_metrics"]["sparsity"]["l0"] < 0.05 * 256 and result["eval_result_metrics"]["reconstruction_quality"]["explained_variance"] < 1
     made = (folder/"evals"/"core.json").stat().st_mtime_ns
     assert evaluate(folder/"params.npz") == 0 and (folder/"evals"/"core.json").stat().st_mtime_ns == made
+
+
+def test_a_dictionary_is_judged_in_units_of_its_rows():
+    from saenb.interchange import with_unit_rows
+    draw = torch.Generator().manual_seed(0)
+    x, lengths = torch.randn(200, 6, generator=draw), torch.linspace(0.2, 5, 10)
+    def uneven(*gates):
+        sae = SAE(SAEConfig(d_in=6, d_sae=10, gates=[dict(name=n, settings=s) for n, s in gates])).initialise(x)
+        with torch.no_grad(): sae.W_dec *= lengths[:, None]
+        return sae
+    for gates in ((), (("JumpReLU", {}),), (("HardMask", {}),)):
+        sae = uneven(*gates)
+        if gates and gates[0][0] == "JumpReLU": sae.gates[0].threshold.fill_(0.2)
+        even, at = with_unit_rows(sae), torch.arange(200) % 128
+        torch.testing.assert_close(even(x, at), sae(x, at))
+        torch.testing.assert_close(even.encode(x, at), sae.encode(x, at) * lengths)
+        torch.testing.assert_close(even.W_dec.norm(dim=1), torch.ones(10))
+    topk = uneven(("TopK", dict(k=2)))
+    assert with_unit_rows(topk) is topk
+    ours = SAE(SAEConfig(d_in=6, d_sae=10)).initialise(x)
+    assert with_unit_rows(ours) is ours
