@@ -151,11 +151,11 @@ LARGEST, DEEPEST = 2**28, 64 # no JSON of ours has more bytes, or more brackets 
 
 class Kept(dict):
     "An object from a file: a field that it lacks is told in one sentence."
-    def __init__(self, fields, told):
+    def __init__(self, fields=(), told: str | None = None):
         super().__init__(fields)
-        self.told = told # the sentence, less the field
+        self.told = told # the sentence, less the field; None in a copy
 
-    def __missing__(self, name): raise SaenbError(self.told.replace("{}", brief(repr(name))))
+    def __missing__(self, name): raise SaenbError(self.told.replace("{}", brief(repr(name)))) if self.told else KeyError(name)
 
 _sound = {} # files that were found sound, and for which shape
 

@@ -71,12 +71,14 @@ def map_shard(path: Path) -> dict[str, torch.Tensor]:
     try: header = json.loads(data[8:start])
     except (ValueError, RecursionError) as e: raise damaged(f"its header: {brief(e)}") from None
     if not isinstance(header, dict): raise damaged("its header is no object")
-    columns = {}
+    header.pop("__metadata__", None)
     for name, entry in header.items():
-        if name == "__metadata__": continue
         if odd := misfit(entry, ENTRY): raise damaged(f"of {brief(name)} {odd}")
+    columns, reached = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         (begin, end), count, kind = entry["data_offsets"], math.prod(entry["shape"]), NUMPY_TYPES[entry["dtype"]]
-        if end - begin != count * kind().itemsize or start + end > len(data) or (start + begin) % kind().itemsize: raise damaged(f"{brief(name)} does not lie within the file")
+        if begin != reached or end - begin != count * kind().itemsize or start + end > len(data) or (start + begin) % kind().itemsize: raise damaged(f"{brief(name)} does not lie where it should")
+        reached = end
         column = torch.from_numpy(np.frombuffer(data, kind, count, start + begin).reshape(entry["shape"]))
         columns[name] = column.view(torch.bfloat16) if entry["dtype"] == "BF16" else column
     return columns
@@ -155,9 +157,10 @@ class Store:
         for name in COLUMNS:
             shape = (entry["tokens"], self.d_in) if name == "x" else (entry["tokens"],)
             if name not in columns or columns[name].shape != shape or columns[name].dtype != types[name]: return f"column {name}"
-        side, position = columns["side"], columns["position"]
+        side, position, sequence = columns["side"], columns["position"], columns["sequence"]
         if [int((side == s).sum()) for s in range(3)] != entry["sides"]: return "sides"
         if len(position) and not 0 <= int(position.min()) <= int(position.max()) < self.about["seq_len"]: return "positions"
+        if len(sequence) and (sequence[0] < 0 or (sequence[1:] < sequence[:-1]).any()): return "numbers of rows"
         return None
 
     def rows(self, start: int = 0, stop: int | None = None) -> Batch:

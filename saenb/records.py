@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COUNT', 'NAME', 'WITH_INTERVAL', 'SHARES', 'MAYBE', 'CONFIG_SHAPE', 'INFO_SHAPE', 'RESULT_SHAPES', 'CONTROLS_SHAPE',
-           'ANALYSIS_SHAPES', 'ANEW', 'positive', 'only', 'matrix', 'correlations', 'probing', 'Record', 'setting_of',
-           'find_records', 'over_seeds']
+           'DRAWN_SHAPES', 'ANALYSIS_SHAPES', 'ANEW', 'positive', 'only', 'matrix', 'correlations', 'probing', 'Record',
+           'setting_of', 'find_records', 'over_seeds']
 
 # %% ../nbs/20_records.ipynb #baeeb591
 import re
@@ -53,7 +53,7 @@ def probing(value):
     return None if ks and all(re.fullmatch(f"[^/]+/{NAME.pattern}", name) for name in value["eval_result_unstructured"]["ours"]["sets"]) else " has no features, or a set without a name"
 
 # %% ../nbs/20_records.ipynb #8fb11f64
-def _result(ours, **more): return loose(dict(eval_type_id=str, eval_id=str, eval_config=dict, eval_result_metrics=dict, eval_result_unstructured=ours) | more)
+def _result(ours, **more): return dict(eval_type_id=str, eval_id=str, eval_config=dict, eval_result_metrics=dict, eval_result_unstructured=ours) | more
 
 _BEST = dict(retain_threshold=float, multiplier=float, chosen=COUNT, features=[COUNT], retain_share=float, forget_share=float)
 _SIDE = dict(unexplained=MAYBE, l0=MAYBE, dead=MAYBE, recovered=MAYBE, divergence=MAYBE, density=[positive] * 24, loss=(float, None), loss_rebuilt=(float, None), loss_zero=(float, None))
@@ -77,6 +77,7 @@ RESULT_SHAPES = dict(
                        eval_result_details=[_ORDER]),
     sparse_probing=probing)
 CONTROLS_SHAPE = dict.fromkeys(("as logged", "untrained", "random features", "principal components", "ceiling"), _CONTROL)
+DRAWN_SHAPES = {name: loose(shape) for name, shape in RESULT_SHAPES.items()} # a result that was committed may lack what nobody asks; one that can be made again may not
 ANALYSIS_SHAPES = dict(step_cost={str: [positive]}, pairs_between_seeds={str: dict(agreement=[float], cosine=[float], by_lot=[float])},
                        specialisation_along={str: dict(steps=[COUNT], bits=[(float, None)], retention=[(float, None)])})
 
@@ -116,7 +117,7 @@ class Record:
 
     def result(self, name: str = "unlearning") -> dict:
         "One evaluation's result."
-        return self._read(f"evals/{name}.json", f"{name} result", RESULT_SHAPES[name])
+        return self._read(f"evals/{name}.json", f"{name} result", DRAWN_SHAPES[name])
 
     def _read(self, name, what, shape): return read_json(self.path/name, what, shape, ANEW)
 

@@ -342,9 +342,9 @@ def read_log(path: str | Path) -> list[dict]:
     mend = "restore it, or make the record again in another folder"
     def broken(number, odd): return SaenbError(f"{path} is not a readable training log (line {number}: {brief(odd)}); {mend}.")
     lines = []
-    try: text = Path(path).read_text(encoding="utf-8")
-    except (ValueError, OSError) as e: raise broken(1, e) from None
-    for number, line in enumerate(text.splitlines(), 1):
+    try: data = Path(path).read_bytes()
+    except OSError as e: raise broken(1, e) from None
+    for number, line in enumerate(data.splitlines(), 1):
         try: lines.append(json.loads(line, object_hook=lambda fields: Kept(fields, f"{path} is not a training log as it was written (a line has no {{}}); {mend}.")))
         except (ValueError, RecursionError) as e: raise broken(number, e) from None
         if odd := misfit(lines[-1], TERMS) or misfit(lines[-1], LINE) or (lines[0].keys() != lines[-1].keys() and "its terms are not those of the first"): raise broken(number, odd)

@@ -169,6 +169,14 @@ def killed_in_harvest(lab):
 
 BY_STEP = "import sys; from saenb.lab import run; run('orthogonality/0', sys.argv[1], out=sys.argv[2], steps=60, change=dict(checkpoint_every=20, log_every=5), progress=False)"
 
+def by_step(lab, out):
+    """The same, to the end."""
+    if lab.processes: assert lab.end(lab.start(lab.world, out, code=BY_STEP)).code == 0
+    else:
+        from saenb.lab import run
+        run("orthogonality/0", lab.world, out=out, steps=60, change=dict(checkpoint_every=20, log_every=5), progress=False)
+
+
 @fault("kill -9", "train", "ten steps after a checkpoint")
 def killed_in_training(lab):
     outs = [lab.out("store", "cache") for _ in range(2)]
@@ -177,7 +185,7 @@ def killed_in_training(lab):
     lab.kill(begun, lambda: lines(log) >= 6)
     assert (outs[0]/place/"checkpoint.safetensors").exists() and not (outs[0]/place/"sae").exists()
     log.write_bytes(log.read_bytes()[:-200]) # more is lost of the log than a kill loses
-    for out in outs: assert lab.end(lab.start(lab.world, out, code=BY_STEP)).code == 0
+    for out in outs: by_step(lab, out)
     assert same(outs[0]/place, outs[1]/place, "sae/sae_weights.safetensors", "train_log.jsonl") and not litter(outs[0])
     return "it goes on from the checkpoint and ends with the bytes of an unbroken training, log included", ""
 
@@ -315,7 +323,7 @@ def two_in_report(lab):
     both = [lab.start("figures", "--out", out, "--figures", figures[1]) for _ in range(2)]
     for p in both: lab.end(p).well()
     drawn = [{p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} for folder in figures]
-    assert drawn[0] == drawn[1] and len(drawn[0]) > 3
+    assert drawn[0] == drawn[1] and len(drawn[0]) >= 3
     return "each figure is whole, and as one alone draws it", ""
 
 
