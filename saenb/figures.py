@@ -157,7 +157,7 @@ def pair_stability(material: Material) -> Figure | None:
     for title, records in runs.items():
         logs = [r.log for r in records]
         steps = [line["step"] for line in min(logs, key=len)]
-        left.plot(steps, np.mean([[line["OrthogonalPairs.agreement"] for line in log[:len(steps)]] for log in logs], axis=0), lw=1, label=title)
+        left.plot(steps, np.mean(np.array([[line["OrthogonalPairs.agreement"] for line in log[:len(steps)]] for log in logs], dtype=float), axis=0), lw=1, label=title)
     left.set(xlabel="step", ylim=(0, 1), title="agreement with the choice before")
     for i, records in enumerate(runs.values()):
         if not between or records[0].run not in between: continue

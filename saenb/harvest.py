@@ -73,7 +73,7 @@ def map_shard(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(header, dict): raise damaged("its header is no object")
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        if odd := misfit(entry, ENTRY): raise damaged(f"of {brief(name)} {odd}")
+        if odd := misfit(entry, ENTRY) or (len(entry["shape"]) > 2 and "it has more than two dimensions"): raise damaged(f"of {brief(name)} {odd}")
     columns, reached = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         (begin, end), count, kind = entry["data_offsets"], math.prod(entry["shape"]), NUMPY_TYPES[entry["dtype"]]

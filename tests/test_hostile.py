@@ -23,6 +23,7 @@ from saenb.logbook import write_logs
 from saenb.records import Record
 from saenb.sae import SAE, SAEConfig
 from saenb.train import CHECKPOINT, LOG, TrainConfig, Trainer
+from saenb.world import World
 
 TRIED = collections.Counter()
 RECORD = "tiny/orthogonality/run_0/seed_0"
@@ -256,6 +257,21 @@ def test_a_checkpoint_with_one_byte_changed_is_refused(tiny_store, checkpoint, t
     data[len(data) // 2] ^= 1
     (tmp_path/CHECKPOINT).write_bytes(data)
     with pytest.raises(SaenbError, match="its checksum differs.; restore it, or delete it and training begins anew."): trainer(tiny_store[0], tmp_path).resume()
+
+
+# ---------------------------------------------------------------------------------------------------- worlds
+
+@tries(40)
+@given(st.data())
+def test_a_world_that_was_altered(world, reading, tmp_path_factory, data):
+    text, old, new = data.draw(altered(world.about))
+    folder = tmp_path_factory.getbasetemp()/"world"
+    folder.mkdir(exist_ok=True)
+    (folder/"world.json").write_bytes(text)
+    TRIED["world.json"] += 1
+    with reading(lambda: str(World(folder)) and None) as read: code, _, err = read()
+    if code: refused(code, err, folder/"world.json")
+    else: assert World(folder).cfg == world.cfg or alike(old, new)
 
 
 # ---------------------------------------------------------------------------------------------------- records
