@@ -81,7 +81,7 @@ def eval_command(args):
         print(f"{name}: {EVALS[name]}?", shown, sep="\n", end="\n\n")
         if folder:
             write_text(folder/f"{name}.txt", shown + "\n")
-            keep(evaluation(name).plot({Path(args.sae).name: result}), folder/f"{name}.png")
+            keep(evaluation(name).plot({Path(args.sae).name.replace("$", r"\$"): result}), folder/f"{name}.png")
     if folder: print(f"Results, tables and pictures are in {folder}.")
 
 def autopsy_command(args):
@@ -200,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
             option("--seed", type=int, default=1, help="default: 1, the seed of the world that ships"), option("--overlap", type=float, default=0.25, help="difficulty from 0 to 1 (default: 0.25)"))
     return top
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
 
 def whole(text: str) -> int:
     "A whole number that is not negative."

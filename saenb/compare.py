@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from .core import SaenbError, write_text
+from .core import SaenbError, plain, write_text
 from .evals.base import as_text
 from .plots import keep
 from .records import Record, over_seeds
@@ -111,7 +111,7 @@ def as_markdown(rows: list[dict], measures: list[str], more: dict[str, dict[str,
             mean, low, high = over_seeds(found)
             cells[run, column] = f"{mean:.2f}" + (f"<br>{low:.2f} to {high:.2f}" if np.isfinite(low) else "")
     columns = [*measures, *(more or {})]
-    lines = [[f"{titles[name]}<br>{name}", *(cells.get((name, column), "") for column in columns)] for name in titles]
+    lines = [[f"{plain(titles[name])}<br>{plain(name)}", *(cells.get((name, column), "") for column in columns)] for name in titles]
     return "\n".join("| " + " | ".join(line) + " |" for line in (["run", *columns], ["---"] * (1 + len(columns)), *lines))
 
 def as_html(rows: list[dict], measures: list[str], more: dict[str, dict[str, list[float]]] | None = None) -> str:
@@ -139,14 +139,14 @@ def verdicts(rows: list[dict], measures: tuple[str, ...] = ("score", "selectivit
         mine = [found[run, variant, m] for m in measures if (run, variant, m) in found]
         sure = [r for r in mine if r["differs"]]
         says = "helps" if sure and all(r["difference"] > 0 for r in sure) else "harms" if sure and all(r["difference"] < 0 for r in sure) else "both" if sure else f"no difference that {mine[0]['seeds']} seeds show"
-        lines.append([f"{mine[0]['title']}<br>{run} {variant}".strip(), *(f"{r['difference']:+.2f}<br>{r['difference_low']:+.2f} to {r['difference_high']:+.2f}" for r in mine), says])
+        lines.append([f"{plain(mine[0]['title'])}<br>{plain(f'{run} {variant}'.strip())}", *(f"{r['difference']:+.2f}<br>{r['difference_low']:+.2f} to {r['difference_high']:+.2f}" for r in mine), says])
     head = ["run", *(f"{m} beside the baseline's" for m in measures), "verdict"]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 def differences(rows: list[dict], measures: list[str]) -> str:
     "The differences from the baseline that leave out zero, a line each; and how many were looked at."
     asked = [r for r in rows if r["measure"] in measures and r["differs"] is not None]
-    lines = [f"- {r['title']} ({r['run']}{' ' + r['variant'] if r['variant'] else ''}): {r['measure']} {r['difference']:+.3f} ({r['difference_low']:+.3f} to {r['difference_high']:+.3f})" for r in asked if r["differs"]]
+    lines = [f"- {plain(r['title'])} ({plain(r['run'] + ' ' * bool(r['variant']) + r['variant'])}): {r['measure']} {r['difference']:+.3f} ({r['difference_low']:+.3f} to {r['difference_high']:+.3f})" for r in asked if r["differs"]]
     return "\n".join([*lines, "", f"{len(lines)} of {len(asked)} differences leave out zero; at 95 %, {len(asked) / 20:.1f} would by luck alone if there were none."])
 
 def plot(rows: list[dict]) -> Figure:

@@ -101,6 +101,7 @@ def explore(
     readings, features = exam.readings, sae.cfg.d_sae
     use = usage(exam, sae)
     best = (result or {}).get("eval_result_unstructured", {}).get("best") or dict(features=[], multiplier=exam.setup.grid.multipliers[0])
+    if beyond := [f for f in best["features"] if f >= features]: raise SaenbError(f"The unlearning result clamps feature {beyond[0]} and the dictionary has {features}; judge it again with `saenb eval --force`.")
     candidates = list(dict.fromkeys([*best["features"], *choose_features(use, max(exam.setup.grid.thresholds)).tolist()]))[:effects]
     unit = torch.from_numpy(use.typical[candidates]).float() if exam.setup.grid.typical else torch.ones(len(candidates))
     lost = torch.full((features, 2), torch.nan)

@@ -19,12 +19,12 @@ import torch
 from matplotlib.figure import Figure
 
 from .compare import baseline_of, numbers
-from .core import SaenbError, read_json
+from .core import SaenbError, plain, read_json
 from .evals.separation import draw_importance
 from .evals.table import evaluation
 from .groups import in_order
 from .plots import keep, training_curves, unlearning_scores
-from .records import Record, find_records, over_seeds
+from .records import ANALYSIS_SHAPES, CONTROLS_SHAPE, Record, find_records, over_seeds, setting_of
 from .runs.base import EXPERIMENTS
 
 # %% ../nbs/20_figures.ipynb #86bd0a6b
@@ -39,7 +39,7 @@ class Material:
     @property
     def records(self) -> list[Record]: return [r for r in self.all if not r.variant]
     @cached_property
-    def controls(self) -> list[dict]: return [read_json(p, "controls") for p in sorted((self.root/"controls").glob("seed_*.json"))]
+    def controls(self) -> list[dict]: return [read_json(p, "controls", CONTROLS_SHAPE) for p in sorted((self.root/"controls").glob("seed_*.json"))]
 
     def of(self, number, variant: str = "") -> list[Record]:
         "The records of one run, a seed each."
@@ -48,7 +48,7 @@ class Material:
     def analysis(self, name: str) -> dict | None:
         "An analysis that was kept beside the records, if it was."
         path = self.root/self.experiment/f"{name}.json"
-        return read_json(path, f"{name} analysis") if path.exists() else None
+        return read_json(path, f"{name} analysis", ANALYSIS_SHAPES[name]) if path.exists() else None
 
     @property
     def title(self) -> str:
@@ -89,10 +89,10 @@ def titled(material: Material, *some) -> dict[str, list[Record]]:
 def last_of_log(groups: dict[str, list[Record]], columns: dict[str, str | tuple[str, ...]]) -> str:
     "What training logs ended with, as a markdown table of means over seeds. A column is named and gives the end of its term's name, or several; groups without any are left out."
     def mean(records, ending):
-        found = [value for r in records for key, value in r.log[-1].items() if key.endswith(ending)]
+        found = [value for r in records if r.log for key, value in r.log[-1].items() if key.endswith(ending) and value is not None]
         return f"{np.mean(found):.3g}" if found else ""
     lines = {title: [mean(records, ending) for ending in columns.values()] for title, records in groups.items()}
-    return "\n".join("| " + " | ".join(line) + " |" for line in (["run", *columns], ["---"] * (1 + len(columns)), *([title, *cells] for title, cells in lines.items() if any(cells))))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (["run", *columns], ["---"] * (1 + len(columns)), *([plain(title), *cells] for title, cells in lines.items() if any(cells))))
 
 def switched_off(material: Material) -> Figure | None:
     "Runs without one of their parts, beside the whole."
@@ -114,14 +114,14 @@ def fixed_or_adaptive(material: Material) -> Figure | None:
     if not all(map(material.of, (0, 1, 2, 3))): return None
     groups = {"no charge": material.of(0)}
     for number in (1, 2, 3):
-        settings = material.of(number)[0].config["run"]["mechanisms"][0]["settings"]
-        groups[f"adaptive, {settings['tau']} to {settings['tau_max']}" if "tau_max" in settings else f"fixed, {settings['tau']}"] = material.of(number)
+        tau, highest = (setting_of(material.of(number)[0], name) for name in ("tau", "tau_max"))
+        groups[f"fixed, {tau}" if highest is None else f"adaptive, {tau} to {highest}"] = material.of(number)
     return side_by_side(groups, ["score", "selectivity", "largest cosine", "largest correlation", "L0"], material.title, "tau")
 
 def share_of_pairs(material: Material) -> Figure | None:
     "Run 1 with more pairs and fewer."
     own = {r.variant: r for r in material.all if r.run.endswith("/1")}
-    shares = sorted((r.config["run"]["mechanisms"][0]["settings"]["share"], variant) for variant, r in own.items())
+    shares = sorted((share, variant) for variant, r in own.items() if (share := setting_of(r, "share")) is not None)
     if len(shares) < 2: return None
     groups = {"none": material.of(0)} | {f"{share:.2%}": material.of(1, variant) for share, variant in shares}
     return side_by_side(groups, ["score", "selectivity", "largest cosine", "L0", "absorption fraction"], material.title, "share of pairs that is charged")
@@ -157,7 +157,7 @@ def pair_stability(material: Material) -> Figure | None:
     for title, records in runs.items():
         logs = [r.log for r in records]
         steps = [line["step"] for line in min(logs, key=len)]
-        left.plot(steps, np.mean([[line["OrthogonalPairs.agreement"] for line in log[:len(steps)]] for log in logs], axis=0), lw=1, label=title)
+        left.plot(steps, np.mean(np.array([[line["OrthogonalPairs.agreement"] for line in log[:len(steps)]] for log in logs], dtype=float), axis=0), lw=1, label=title)
     left.set(xlabel="step", ylim=(0, 1), title="agreement with the choice before")
     for i, records in enumerate(runs.values()):
         if not between or records[0].run not in between: continue
@@ -176,8 +176,8 @@ def feature_thresholds(material: Material) -> Figure | None:
     "Each variant's importance threshold with the share it pruned, and its correlation threshold."
     runs = titled(material)
     if len(runs) < 2: return None
-    declared = lambda records: next((m["settings"]["threshold"] for m in records[0].config["run"]["mechanisms"] if "threshold" in m["settings"]), None)
-    last = lambda records, term: [r.log[-1][term] for r in records if term in r.log[-1]]
+    declared = lambda records: setting_of(records[0], "threshold")
+    last = lambda records, term: [r.log[-1][term] for r in records if r.log and r.log[-1].get(term) is not None]
     fig = Figure(figsize=(10, 3.3), layout="constrained")
     axes = fig.subplots(1, 3)
     for i, records in enumerate(runs.values()):
@@ -200,7 +200,7 @@ def feature_groups(material: Material) -> Figure | None:
     for r in material.records:
         if r.seed != first or "entanglement" not in r.evaluations: continue
         result = r.result("entanglement")
-        matrix = torch.tensor(result["eval_result_unstructured"]["correlations"])
+        matrix = torch.tensor(result["eval_result_unstructured"]["correlations"] or [[0.0]])
         order = in_order(matrix)
         found[r.config["run"]["title"]] = dict(eval_result_unstructured=dict(correlations=matrix[order][:, order].tolist()))
     return evaluation("entanglement").plot(found) if found else None
@@ -278,7 +278,7 @@ def positional_fidelity(material: Material) -> Figure | None:
 
 def hard_to_soft(material: Material) -> Figure | None:
     "Masks from hard, at a temperature of zero, to soft, beside the baseline."
-    soft = {r.config["run"]["mechanisms"][0]["settings"]["temperature"]: (r.run.split("/")[1], r.variant) for r in material.all if r.config["run"]["mechanisms"] and r.config["run"]["mechanisms"][0]["name"] == "SoftMask"}
+    soft = {setting_of(r, "temperature"): (r.run.split("/")[1], r.variant) for r in material.all if setting_of(r, "temperature") is not None and r.config["run"]["mechanisms"][0]["name"] == "SoftMask"}
     if len(soft) < 3: return None
     groups = {"0 (hard)": material.of(1)} | {f"{t:g}": material.of(*where) for t, where in sorted(soft.items())} | {"no mask": material.of(0)}
     return side_by_side({name: g for name, g in groups.items() if g}, ["score", "selectivity", "position share", "order", "unexplained variance", "L0"], material.title, "temperature")
@@ -294,7 +294,7 @@ def specialisation_retained(material: Material) -> Figure | None:
         if run not in found: continue
         along = found[run]
         for ax, key in zip(axes, ("bits", "retention")):
-            ax.plot(range(len(along["steps"])), [np.nan if v is None else v for v in along[key]], marker="o", ms=3, lw=1, color=f"C{i % 10}", ls="-" if i < 10 else "--", label=title)
+            ax.plot(range(len(along[key])), [np.nan if v is None else v for v in along[key]], marker="o", ms=3, lw=1, color=f"C{i % 10}", ls="-" if i < 10 else "--", label=title)
     for ax, name in zip(axes, ("bits that a feature tells of position, mean", "correlation with what each told at the start")):
         ax.set_title(name, fontsize=9)
         ax.set_xticks(range(len(along["steps"])), along["steps"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .compare import between
-from .core import write_text
+from .core import plain, write_text
 from .figures import Material
 from .records import Record, over_seeds
 from .runs.base import EXPERIMENTS
@@ -21,14 +21,14 @@ from .runs.table import find_run
 # %% ../nbs/20_logbook.ipynb #b0944b9c
 ORDINARY = ("loss", "reconstruction", "sparsity", "step", "l0", "lr", "dead") # what every log holds
 
-def _settings(settings): return ", ".join(f"{k} {v}" for k, v in settings.items()) or "no settings"
+def _settings(settings): return plain(", ".join(f"{k} {v}" for k, v in settings.items())) or "no settings"
 
 def _configuration(record: Record) -> list[str]:
     config = record.config
     t = config["training"]
     batches = ", half of each batch from either side" if t["balanced"] else ""
     return [f"- {record.info['training_steps']:,} steps of {t['batch']:,} activations{batches}; {config['d_sae']:,} features on layer {config['layer']}; learning rate {t['lr']:g}, sparsity penalty {t['sparsity_penalty']:g}",
-            *(f"- {m['name']}: {_settings(m['settings'])}" for m in config["run"]["mechanisms"])]
+            *(f"- {plain(m['name'])}: {_settings(m['settings'])}" for m in config["run"]["mechanisms"])]
 
 # %% ../nbs/20_logbook.ipynb #41e00bf6
 def _result(records: list[Record]) -> list[str]:
@@ -74,7 +74,7 @@ def _analysis(records: list[Record], base: list[Record], earlier: list[Record]) 
     if earlier and len(records) > 1: yield f"Beside run {earlier[0].config['run']['id'].split('/')[1]}, which it builds on: {_differences(between(records, earlier))}."
     last = [r.log[-1] for r in records if r.log]
     own = [k for k in (last[0] if last else {}) if k not in ORDINARY]
-    means = [f"{k.replace('.', ' ').replace('_', ' ')} {np.mean(values):.3g}" for k in own if (values := [line[k] for line in last if line.get(k) is not None])]
+    means = [f"{plain(k.replace('.', ' ').replace('_', ' '))} {np.mean(values):.3g}" for k in own if (values := [line[k] for line in last if line.get(k) is not None])]
     if means: yield f"Its mechanisms logged last, as means over seeds: {', '.join(means)}."
 
 # %% ../nbs/20_logbook.ipynb #86cb1e28

@@ -15,7 +15,7 @@ import json
 import math
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -333,8 +333,8 @@ class World:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.about = read_json(self.path/"world.json", "world")
-        self.cfg = WorldConfig(**self.about["config"])
+        self.about = read_json(self.path/"world.json", "world", dict(config={f.name: float if f.type is float else range(2**50) for f in fields(WorldConfig)}, known=float, files={str: str}))
+        self.cfg = WorldConfig(**{f.name: self.about["config"][f.name] for f in fields(WorldConfig)})
 
     @classmethod
     def default(cls) -> "World":

@@ -67,20 +67,25 @@ def baseline_made(once):
     return once("baseline", lambda draft: run("orthogonality/0", out=draft, progress=False))
 
 
-@pytest.fixture(scope="session")
-def small(once, world):
+def small_world(folder):
     """The embedded world with a third of its questions and texts, in a folder whose name serves as a preset's; whatever is made with it goes where the whole world's would go."""
-    def fill(folder):
-        def copy(source, target):
-            if Path(source).suffix == ".jsonl":
-                lines = Path(source).read_text().splitlines(keepends=True)
-                Path(target).write_text("".join(lines[::3]))
-            elif Path(source).name in ("train_forget.jsonl.gz", "train_retain.jsonl.gz"):
-                lines = gzip.open(source, "rt").readlines()
-                with gzip.open(target, "wt") as f: f.writelines(lines[::3])
-            else: shutil.copyfile(source, target)
-        shutil.copytree(world.path, folder/"tiny", copy_function=copy)
-    return str(once("small", fill)/"tiny")
+    from saenb.world import World
+
+    def copy(source, target):
+        if Path(source).suffix == ".jsonl":
+            lines = Path(source).read_text().splitlines(keepends=True)
+            Path(target).write_text("".join(lines[::3]))
+        elif Path(source).name in ("train_forget.jsonl.gz", "train_retain.jsonl.gz"):
+            lines = gzip.open(source, "rt").readlines()
+            with gzip.open(target, "wt") as f: f.writelines(lines[::3])
+        else: shutil.copyfile(source, target)
+    return Path(shutil.copytree(World.default().path, folder/"tiny", copy_function=copy))
+
+
+@pytest.fixture(scope="session")
+def small(once):
+    """The small world's folder."""
+    return str(once("small", small_world)/"tiny")
 
 
 @pytest.fixture(scope="session")

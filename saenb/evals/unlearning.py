@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from ..core import SaenbError, fingerprint, read_json, within, write_json
+from ..core import SaenbError, fingerprint, made_once, readable, within
 from .base import CorpusSetup, Readings, as_saebench, check_dictionary, encoded
 from .beginnings import Trie, beginnings, logits_at_ends, tiny_is_zero
 from ..harvest import stream_at
@@ -146,8 +146,12 @@ class Exam:
         "For each subject the questions that are answered right under all orders."
         sources = [(s, s.load()) for s in self.setup.questions]
         name = fingerprint([str(self.model.cfg.model_name), self._weights(), [(s.subject, rows) for s, rows in sources]])
-        path = Path(cache)/f"known_{name}.json" if cache else None
-        if path and path.exists(): return read_json(path, "list of known questions")["known"]
+        if not cache: return self._asked(sources)
+        path, shape = Path(cache)/f"known_{name}.json", dict(known={s.subject: [range(len(rows))] for s, rows in sources})
+        return made_once(path, lambda: readable(path, "list of known questions", shape), lambda: dict(model=str(self.model.cfg.model_name), known=self._asked(sources)))["known"]
+
+    def _asked(self, sources) -> dict[str, list[int]]:
+        "The same, from the model."
         known = {}
         for source, rows in sources:
             asked = [(i, order) for i in range(len(rows)) for order in ORDERS]
@@ -156,7 +160,6 @@ class Exam:
             letters, _ = self.answers(beginnings(tokens), lambda row, place: table[row, place], title=f"known {source.subject}")
             right = letters == torch.tensor([order.index(rows[i]["answer"]) for i, order in asked])
             known[source.subject] = right.view(len(rows), 24).all(1).nonzero().squeeze(1).tolist()
-        if path: write_json(path, dict(model=str(self.model.cfg.model_name), known=known))
         return known
 
     def _weights(self):
