@@ -232,17 +232,23 @@ class Trainer:
     def flush(self):
         "Bring the remembered numbers over, check that they are finite, and log the latest."
         if not self._pending: return
-        numbers = torch.stack(self._pending).cpu()
+        numbers, dead = (t.cpu() for t in self._seen())
         first = self.index - len(numbers)
         self._pending = []
         if not numbers.isfinite().all(): self._stop_for(numbers, first)
         line = dict(step=self.index, **dict(zip(self._terms, numbers[-1].tolist())),
-                    lr=self.optimizer.param_groups[0]["lr"], dead=(self.since_fired >= self.dead_after).float().mean().item())
+                    lr=self.optimizer.param_groups[0]["lr"], dead=dead.item())
         with torch.no_grad(): line |= {f"{type(m).__name__}.{name}": value for m in self._with("numbers") for name, value in m.numbers(self.sae).items()}
         self.history.append(line)
-        if self.out:
+        if self.out and self.leads:
             with open(self.out/LOG, "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
         if self.watch: self.watch(line)
+
+    def _seen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        "The remembered numbers, a row a step, and the share of features that are dead."
+        return torch.stack(self._pending), (self.since_fired >= self.dead_after).float().mean()
+
+    leads = True # whether this process writes: of several that train together one does
 
     @property
     def dead_after(self) -> int:
@@ -282,16 +288,19 @@ class Trainer:
         "Write a checkpoint: one file, whole or absent."
         self.flush()
         log_bytes = (self.out/LOG).stat().st_size if (self.out/LOG).exists() else 0
-        write_tensors(self.out/CHECKPOINT, self._tensors(), dict(step=self.index, identity=self.identity(), log_bytes=log_bytes, seconds=self.seconds))
+        self._write(self._tensors(), dict(step=self.index, identity=self.identity(), log_bytes=log_bytes, seconds=self.seconds))
         self._saved = self.index
+
+    def _write(self, tensors, about): write_tensors(self.out/CHECKPOINT, tensors, about)
+    def _read(self): return read_tensors(self.out/CHECKPOINT, "checkpoint")
 
     def resume(self) -> bool:
         "Take up a checkpoint if there is one; true if there was."
         if not self.out: return False
         if not (self.out/CHECKPOINT).exists():
-            (self.out/LOG).unlink(missing_ok=True)
+            if self.leads: (self.out/LOG).unlink(missing_ok=True)
             return False
-        tensors, about = read_tensors(self.out/CHECKPOINT, "checkpoint")
+        tensors, about = self._read()
         if about.get("identity") != self.identity():
             raise SaenbError(f"{self.out/CHECKPOINT} belongs to a training with other settings, data or mechanisms; choose another "
                              "folder or delete that one.")
@@ -304,7 +313,7 @@ class Trainer:
         self.generator.set_state(tensors["draws"])
         self.index = self._saved = about["step"]
         self.seconds = about["seconds"]
-        if (self.out/LOG).exists():
+        if self.leads and (self.out/LOG).exists():
             with open(self.out/LOG, "rb+") as f: f.truncate(about["log_bytes"])
             self.history = read_log(self.out/LOG)
         return True
