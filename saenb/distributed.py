@@ -7,7 +7,7 @@ __all__ = ['PIECE', 'DIVIDED', 'DTYPES', 'Ranks', 'ranks', 'end_together', 'own'
            'TokenSAE', 'SharedTrainer', 'TokenTrainer', 'SumOverRanks', 'ForAllRanks', 'FeatureSAE', 'write_divided',
            'FeatureTrainer', 'trainer', 'train']
 
-# %% ../nbs/03_distributed.ipynb #f52a7394
+# %% ../nbs/03_distributed.ipynb #1d9ddf93
 import json
 import os
 import time
@@ -27,7 +27,7 @@ from .runs.table import find_run
 from .sae import CONFIG, SAE, SAEConfig, WEIGHTS, make_mechanism, to_file
 from .train import CHECKPOINT, TrainConfig, Trainer
 
-# %% ../nbs/03_distributed.ipynb #6ceaf12d
+# %% ../nbs/03_distributed.ipynb #03790ac9
 @dataclass(frozen=True)
 class Ranks:
     "The processes that train together, as one of them sees it."
@@ -60,7 +60,7 @@ def ranks() -> Iterator[Ranks]:
     dist.barrier()
     dist.destroy_process_group()
 
-# %% ../nbs/03_distributed.ipynb #d4c8b6ac
+# %% ../nbs/03_distributed.ipynb #e1c744ff
 def end_together(say: Callable, patience: float = 5.0):
     "Let the first process say why, and wait until all of them come to their end; one that comes alone says it itself."
     store, rank, world = _meeting()
@@ -72,7 +72,7 @@ def end_together(say: Callable, patience: float = 5.0):
         time.sleep(0.02)
     if rank and not store.check(["ended/0"]): say()
 
-# %% ../nbs/03_distributed.ipynb #79c900b0
+# %% ../nbs/03_distributed.ipynb #ebcebbf2
 def own(whole: torch.Tensor) -> torch.Tensor:
     "This process's share of all tokens."
     return whole.chunk(dist.get_world_size())[dist.get_rank()]
@@ -102,7 +102,7 @@ class TokenSAE(SAE):
     def ungated(self, x): return AllTokens.apply(super().ungated(own(x))) if self.training else super().ungated(x)
     def decode(self, f): return AllTokens.apply(super().decode(OwnTokens.apply(f))) if self.training else super().decode(f)
 
-# %% ../nbs/03_distributed.ipynb #69382a8c
+# %% ../nbs/03_distributed.ipynb #79e2cfa4
 class SharedTrainer(Trainer):
     "What trainings in several processes have in common: one of them writes."
     def __init__(self, ranks: Ranks, *arguments):
@@ -142,7 +142,7 @@ class TokenTrainer(SharedTrainer):
         numbers, dead = super()._seen()
         return self._summed(numbers) / self.ranks.world, dead
 
-# %% ../nbs/03_distributed.ipynb #c275ba6a
+# %% ../nbs/03_distributed.ipynb #599ef6dc
 class SumOverRanks(torch.autograd.Function):
     "A sum over processes, which goes on to compute the same; each part's gradient is the sum's."
     @staticmethod
@@ -198,7 +198,7 @@ class FeatureSAE(SAE):
 PIECE = 1024 # rows drawn at a time
 DIVIDED = dict(W_enc=1, W_dec=0, b_enc=0) # the dimension that counts features, of the weights that are divided
 
-# %% ../nbs/03_distributed.ipynb #4f20cc12
+# %% ../nbs/03_distributed.ipynb #6ffe1d52
 def write_divided(
     path: Path, # a safetensors file
     tensors: dict, # this process's part of each
@@ -258,7 +258,7 @@ class FeatureTrainer(SharedTrainer):
         sparsity, l0 = self._summed(torch.stack([sparsity, l0]))
         return torch.stack([error + sparsity, error, sparsity, l0], 1), self._summed(dead) / self.ranks.world
 
-# %% ../nbs/03_distributed.ipynb #e37c2353
+# %% ../nbs/03_distributed.ipynb #b1b847f1
 def trainer(
     here: Ranks, # the processes that train together
     store: str | Path, # a harvest's folder
