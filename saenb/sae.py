@@ -107,12 +107,15 @@ class SAE(nn.Module, PyTorchModelHubMixin, library_name="saenb", license="apache
         "Start from data: centre and scale on it, draw directions, look along them, and speak on a twentieth of all tokens."
         self.b_dec.copy_(x.float().mean(0))
         self.cfg.scale = (x.float() - self.b_dec).pow(2).sum(1).mean().sqrt().item()
-        draw = torch.Generator().manual_seed(seed)
-        self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=draw))
+        self.W_dec.copy_(self.directions(seed))
         self.unit_rows()
         self.begin(x[:2**13])
         self.cfg.initial, self.cfg.training_steps = self.fingerprint(), 0
         return self
+
+    def directions(self, seed: int) -> torch.Tensor:
+        "What decoder rows begin as, before they have length one."
+        return torch.randn(self.W_dec.shape, generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def begin(self, x: torch.Tensor, which: slice | torch.Tensor = slice(None)):
