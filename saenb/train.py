@@ -184,7 +184,8 @@ class Trainer:
     def forward(self, batch: Batch):
         "A batch's activations, their sums [n, 1], its reconstruction, and on how many tokens each feature is active."
         sae = self.sae
-        if type(sae) is SAE and not (sae.gates or self._with("after_backward") or sae.device.type != "cpu"): # nothing stands between encoder and decoder, or asks for gradients there
+        plain = type(sae) is SAE and sae.dtype == torch.float32 and sae.device.type == "cpu"
+        if plain and not sae.gates and not self._with("after_backward"): # nothing stands between encoder and decoder, or asks for gradients there
             return Autoencode.apply(batch.x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, getattr(torch, self.precision(sae.cfg.d_in, sae.cfg.d_sae)))
         with self.products(sae.cfg.d_in, sae.cfg.d_sae):
             f = sae.encode(batch.x, batch.position)
