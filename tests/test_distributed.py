@@ -123,7 +123,7 @@ def test_a_process_is_killed_and_the_same_command_goes_on(store, baseline, tmp_p
         children = [int(pid) for pid in Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()]
         victim = next(pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
         os.kill(victim, signal.SIGKILL)
-        said = first.communicate(timeout=60)[1]
+        said = first.communicate(timeout=120)[1]
     finally: first.kill()
     assert first.returncode == 1 and not (tmp_path/"sae").exists()
     assert "saenb: One of the processes that train together was ended" in said or "saenb:" not in said
