@@ -176,7 +176,7 @@ def made_up(d_in: int, tokens: int, held: int, seed: int) -> dict:
     "A stream in which there is something to find: sparse sums of twice as many directions as it is wide, some frequent and most rare, on a mean, with noise; centred it is one long."
     draw = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(2 * d_in, d_in, generator=draw), dim=1)
-    often, active, parts = torch.arange(1, 2 * d_in + 1).float()**-0.7, 24, []
+    often, active, parts = torch.arange(1, 2 * d_in + 1).float()**-0.7, 48, []
     for n in torch.arange(tokens + held).split(2**13):
         which = torch.multinomial(often, len(n) * active, replacement=True, generator=draw).view(-1, active)
         much = 0.5 + torch.empty(which.shape).exponential_(generator=draw)
@@ -401,7 +401,8 @@ def main(args):
     print(f"The report is in {write_report(Path(args.out), args.device)}.")
 
 
-if __name__ == "__main__":
+def arguments(given: list[str] | None = None):
+    "What was asked for."
     parser = argparse.ArgumentParser(description="Measure saenb beside SAELens, dictionary_learning, sparsify and SAEBench, and report.")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure, by comma")
     parser.add_argument("--quick", action="store_true", help="sizes that tell nothing, to see in seconds that everything runs")
@@ -412,7 +413,11 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where training is measured")
     parser.add_argument("--out", help="folder for results, report and pictures; this one, and for --quick one of its own")
     parser.add_argument("--work", help="folder for what is needed meanwhile, some 6 GB; the system's own for temporary files")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     args.out = args.out or (HERE/".quick" if args.quick else HERE)
-    try: main(args)
+    return args
+
+
+if __name__ == "__main__":
+    try: main(arguments())
     except SaenbError as e: sys.exit(f"bench: {e}")

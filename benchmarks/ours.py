@@ -14,7 +14,7 @@ import torch
 from saenb.harvest import Batch, Store, harvest, stream_at
 from saenb.sae import SAE, SAEConfig
 from saenb.sources import boot
-from saenb.train import TrainConfig, Trainer
+from saenb.train import LOGS_WIDTH, TrainConfig, Trainer
 
 
 class Ready:
@@ -30,12 +30,12 @@ class Ready:
 
 
 def saenb(job: dict, feed: Feed):
-    "saenb's SAE and its Trainer.fit."
+    "saenb's SAE and its Trainer.fit; the penalty is given as it counts at this width."
     sae = SAE(SAEConfig(d_in=job["d_in"], d_sae=job["d_sae"])).to(job["device"])
     feed.place(**dict(sae.named_parameters()))
     feed.weights = lambda: dict(W_enc=sae.W_enc, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
     Trainer(sae, Ready(feed, job["d_in"], job["batch"]), (), TrainConfig(
-        steps=job["steps"], batch=job["batch"], lr=job["lr"], sparsity_penalty=job["l1"], warmup=job["warmup"], decay=job["decay"] / job["steps"], seed=job["seed"],
+        steps=job["steps"], batch=job["batch"], lr=job["lr"], sparsity_penalty=job["l1"] / (LOGS_WIDTH / job["d_in"])**0.5, warmup=job["warmup"], decay=job["decay"] / job["steps"], seed=job["seed"],
         precision=job["precision"])).fit(progress=False)
 
 

@@ -14,7 +14,7 @@ COLOURS = dict(saenb="tab:blue", saelens="tab:orange", dictionary_learning="tab:
 
 INTRO = """# {title}
 
-{made} `make bench` measures; this page and its pictures are made from the figures in `{results}` alone, by `benchmarks/bench.py --report`.
+{made}`make bench` measures; this page and its pictures are made from the figures in `{results}` alone, by `benchmarks/bench.py --report`.
 Every contestant is a process of its own with the same number of threads; they take turns within one run (saenb's steps, theirs, saenb's again), the first steps are not
 counted, and what is given are medians with the middle half of all measurements. A ratio above 1 means that saenb is faster.
 """
@@ -25,13 +25,15 @@ everybody by one function of ours, in float32, on {held} activations that nobody
 same order, take {steps} steps with Adam as their package makes it, at a learning rate of {lr} that rises over {warmup} steps and falls to zero over the last {decay}. Each runs in its
 package's own loop, unchanged (saenb's `Trainer.fit`, SAELens' `SAETrainer.fit`, dictionary_learning's `trainSAE`, sparsify's `Trainer.fit`); only the batches come from us.
 
-"Share of the limit" is the time of a step's five matrix products alone, in the precision that the contestant computes in, over the time of its step: 100% would be a step that
-does nothing else. saenb chooses its precision by itself (here {auto}).
+"Share of the limit" is the time of a step's five dense matrix products alone, in the precision that the contestant computes in, over the time of its step: 100% would be a step that
+does nothing else, and more is possible only where zeros are left out of the products. saenb chooses its precision by itself (here {auto}). Where a package's cost depends on
+how many features are active, it changes while they learn: "first, last" are the medians of the first and the last quarter of all steps, and the number of active features is that at the end.
 """
 
 DIFFERENCES = """What a step does that others' steps do not:
 
-- **saenb** needs five products, not six, since of the gradient at the encoder's input only the sum over the batch is used. It removes from the decoder's gradient what points along the rows,
+- **saenb** needs five products, not six, since of the gradient at the encoder's input only the sum over the batch is used; on a processor it leaves out of three or four of them what multiplies zeros as soon as
+  few enough features are active for that to pay, so its speed depends on the data and on how far training has come, which the columns "first, last" and "active features" show. It removes from the decoder's gradient what points along the rows,
   gives the rows length one, counts on how many tokens each feature is active and how long ago that was, and notes every term of the loss. Adam is torch's fused one. Freed memory stays in the process.
 - **SAELens** computes six products, clips the gradient's norm, and counts active tokens and dead features like saenb. Its decoder rows may have any length; their lengths weigh the L1 term.
   `autocast` and `compile_sae` are options of its runner, off unless asked for; what compiling takes is not counted.
@@ -101,12 +103,14 @@ def training(kept: dict, out: Path, tag: str) -> str:
         for name, c in contest["contestants"].items():
             if not c["seconds"]: continue
             low, mid, high = spread(c["seconds"])
+            quarter = max(1, len(c["seconds"]) // 4)
+            ends = median(c["seconds"][:quarter]), median(c["seconds"][-quarter:])
             limit, last = limit_of(name, contest, auto), (c["curve"] or [{}])[-1]
             own = c["package"] == "products"
-            rows.append({f"{shape['d_in']:,} x {shape['d_sae']:,}": name, "seconds a step": mid, "middle half": f"{show(low)} to {show(high)}", "activations a second": int(shape["batch"] / mid),
+            rows.append({f"{shape['d_in']:,} x {shape['d_sae']:,}": name, "seconds a step": mid, "middle half": f"{show(low)} to {show(high)}", "first, last": f"{show(ends[0])}, {show(ends[1])}", "activations a second": round(shape["batch"] / mid),
                          "times saenb's": c["ratio"], "share of the limit": f"{flops / mid / 1e9:,.0f} GFLOP/s" if own else f"{limit / mid:.0%}" if limit else None,
                          "loss": None if c["package"] == "sparsify" else last.get("loss"), "reconstruction": last.get("reconstruction"), "active features": last.get("l0"),
-                         "peak memory, MB": int(c["peak"]) if c.get("peak") and not own else None})
+                         "peak memory, MB": round(c["peak"]) if c.get("peak") and not own else None})
         text.append(table(rows))
         failed = [c["failed"] for c in contest["contestants"].values() if c.get("failed")]
         if failed: text.append("Not measured to the end: " + " ".join(failed) + "\n")
@@ -160,7 +164,7 @@ def harvest(kept: dict, out: Path, tag: str) -> str:
         for way, times in item["timed"].items():
             each = [t["seconds"] / t["tokens"] for t in times]
             low, mid, high = spread(each)
-            rows.append({f"{name} model": way, "tokens a second": int(1 / mid), "middle half": f"{show(1 / high)} to {show(1 / low)}", "share of the limit": f"{median(limit) / mid:.0%}"})
+            rows.append({f"{name} model": way, "tokens a second": round(1 / mid), "middle half": f"{1 / high:,.0f} to {1 / low:,.0f}", "share of the limit": f"{median(limit) / mid:.0%}"})
         about = item["model"]
         text += [(f"A random Gemma-2 of width {about['hidden']} with {about['layers']} layers, read at layer {about['layer']}:" if "hidden" in about else
                   f"The embedded world's model, read at layer {about['layer']}:") + "\n", table(rows)]
@@ -178,7 +182,7 @@ def store(kept: dict, out: Path, tag: str) -> str:
     per_epoch, rows = len(item["seconds"]) // plan["epochs"], []
     for epoch in range(plan["epochs"]):
         took = item["seconds"][epoch * per_epoch:(epoch + 1) * per_epoch]
-        rows.append({"epoch": str(epoch + 1), "activations a second": int(len(took) * plan["batch"] / sum(took)), "MB a second": int(len(took) * plan["batch"] * plan["d_in"] * 4e-6 / sum(took)),
+        rows.append({"epoch": str(epoch + 1), "activations a second": round(len(took) * plan["batch"] / sum(took)), "MB a second": round(len(took) * plan["batch"] * plan["d_in"] * 4e-6 / sum(took)),
                      "longest wait for a batch, seconds": max(took)})
     text = [f"A store of {item['bytes'] / 1e9:.2f} GB ({plan['tokens']:,} activations of {plan['d_in']:,} in float32) is read in shuffled batches of {plan['batch']:,}, of which no more than {plan['pool_bytes'] / 1e6:,.0f} MB "
             f"are held at a time. {'The system was asked to forget the files first, so' if item['cold'] else 'The files may still have been in memory, though'} the first epoch comes from the disk, and checks every shard's checksum.\n",
