@@ -72,6 +72,7 @@ class Worker:
     def __init__(self, name: str, job: dict, bench: "Bench"):
         ours = job["package"] in ("saenb", "products") or job.get("ours")
         env = os.environ | dict(OMP_NUM_THREADS=str(bench.threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore", TQDM_DISABLE="1")
+        if bench.device == "cpu": env["SPARSIFY_DISABLE_TRITON"] = "1" # which works on GPUs only, and is there wherever torch was built for them
         if not ours:
             for key in ("PYTHONPATH", "PYTHONHOME"): env.pop(key, None)
         self.name, self.log = name, bench.results/"logs"/f"{''.join(c if c.isalnum() else '_' for c in name)}.txt"
