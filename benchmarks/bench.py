@@ -313,6 +313,7 @@ def harvests(bench: Bench):
                 count("saenb's harvest", workers["saenb"].ask("harvest", tokens=setting["tokens"], out=str(bench.work/"harvested")))
                 count("saenb's model, forward alone", workers["saenb"].ask("forward", **forward))
                 if "SAELens" in workers:
+                    count("SAELens' CacheActivationsRunner", workers["SAELens"].ask("cache", tokens=setting["tokens"], out=str(bench.work/"cached")))
                     count("SAELens' ActivationsStore", workers["SAELens"].ask("harvest", tokens=setting["tokens"]))
                     count("SAELens' model, forward alone", workers["SAELens"].ask("forward", **forward))
         finally:

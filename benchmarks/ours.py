@@ -88,5 +88,5 @@ if __name__ == "__main__":
     torch.manual_seed(job.get("seed", 0))
     if job["package"] == "harvest":
         reader = Reader()
-        listen(real, dict(prepare=reader.prepare, harvest=reader.harvest, forward=reader.forward, read=reader.read))
+        listen(real, {name: getattr(reader, name) for name in ("prepare", "harvest", "forward", "read")})
     else: dict(saenb=saenb, products=products)[job["package"]](job, Feed(job, real))

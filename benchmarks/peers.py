@@ -2,6 +2,7 @@
 handed to it, and SAELens reads texts with its ActivationsStore."""
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -100,6 +101,22 @@ class Reader:
         for _ in range(count): store.get_filtered_llm_batch()
         return dict(seconds=time.perf_counter() - began, tokens=count * self.rows * self.seq_len, peak=peak_memory())
 
+    def cache(self, tokens: int, out: str):
+        "Its CacheActivationsRunner: the same on disk, as a data set to read in trainings to come, in shards as large as saenb's."
+        from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig, cache_activations_runner
+        cache_activations_runner.load_model = lambda **_: self.model # the one that is there, instead of one by name
+        d_in = self.model.cfg.d_model
+        cfg = CacheActivationsRunnerConfig(dataset_path="texts", model_name="ready", model_batch_size=self.rows, hook_name=self.cfg.hook_name, d_in=d_in, training_tokens=tokens,
+                                           context_size=self.seq_len, new_cached_activations_path=out, shuffle=False, device="cpu", streaming=False,
+                                           buffer_size_gb=(min(2**26, tokens * d_in * 4) + 4) / 1e9)
+        shutil.rmtree(out, ignore_errors=True)
+        runner = CacheActivationsRunner(cfg, override_dataset=self.texts)
+        began = time.perf_counter()
+        runner.run()
+        took = time.perf_counter() - began
+        shutil.rmtree(out)
+        return dict(seconds=took, tokens=cfg.n_buffers * cfg.n_tokens_in_buffer, peak=peak_memory())
+
     def forward(self, rows: list, times: int):
         "The same model's bare forward pass over token rows, up to the layer."
         tokens = torch.tensor(rows)
@@ -114,5 +131,5 @@ if __name__ == "__main__":
     torch.manual_seed(job.get("seed", 0))
     if job["package"] == "harvest":
         reader = Reader()
-        listen(real, dict(prepare=reader.prepare, harvest=reader.harvest, forward=reader.forward))
+        listen(real, {name: getattr(reader, name) for name in ("prepare", "harvest", "cache", "forward")})
     else: dict(saelens=saelens, dictionary_learning=dictionary_learning, sparsify=sparsify)[job["package"]](job, Feed(job, real))

@@ -8,7 +8,7 @@ from saenb.core import SaenbError, read_json, write_text
 from saenb.plots import keep
 
 PARTS = ("training", "harvest", "store", "evals", "steps", "growth")
-OUR_HARVEST = "saenb's harvest"
+OUR_HARVEST, THEIR_HARVESTS = "saenb's harvest", ("SAELens' CacheActivationsRunner", "SAELens' ActivationsStore")
 QUIET = 0.1 # share of the processor that others may use before the report warns
 COLOURS = dict(saenb="tab:blue", saelens="tab:orange", dictionary_learning="tab:green", sparsify="tab:red", products="0.6")
 
@@ -22,8 +22,8 @@ counted, and what is given are medians with the middle half of all measurements.
 TRAINING = """All train on the same made-up activations, which lie in memory: sparse sums of twice as many directions as the stream is wide, centred on a mean, with a little noise, scaled so
 that a centred activation is one long. At that scale the packages' objectives are one and the same, squared error plus {l1} times the activations' L1 norm, and it is measured for
 everybody by one function of ours, in float32, on {held} activations that nobody trained on. All begin with the same weights (those that saenb begins with), see the same batches of {batch:,} in the
-same order, take {steps} steps with Adam as their package makes it, at a learning rate of {lr} that rises over {warmup} steps and falls to zero over the last {decay}. Each runs in its
-package's own loop, unchanged (saenb's `Trainer.fit`, SAELens' `SAETrainer.fit`, dictionary_learning's `trainSAE`, sparsify's `Trainer.fit`); only the batches come from us.
+same order, take {steps} steps with Adam as their package makes it, at a learning rate of {lr} that rises over {warmup} steps and falls to zero over the last {decay}. These are saenb's defaults, chosen for no
+package in particular; the others' own may suit them better, and "its own start" is what their own beginning makes of these. Each runs in its package's own loop, unchanged (saenb's `Trainer.fit`, SAELens' `SAETrainer.fit`, dictionary_learning's `trainSAE`, sparsify's `Trainer.fit`); only the batches come from us.
 
 "Share of the limit" is the time of a step's five dense matrix products alone, in the precision that the contestant computes in, over the time of its step: 100% would be a step that
 does nothing else, and more is possible only where zeros are left out of the products. saenb chooses its precision by itself (here {auto}). Where a package's cost depends on
@@ -134,7 +134,7 @@ def loss_curves(contests: list[dict]) -> Figure:
             by_time.plot([s * median(c["seconds"]) for s in steps], loss, **style)
         shape = contest["shape"]
         by_step.set(xlabel="steps", ylabel="loss on held-out activations", yscale="log", title=f"{shape['d_in']:,} x {shape['d_sae']:,}")
-        by_time.set(xlabel="seconds of training", yscale="log", xscale="log")
+        by_time.set(xlabel="seconds of training", yscale="log")
         by_step.legend(fontsize=7)
     return fig
 
@@ -157,8 +157,9 @@ def step_bars(contests: list[dict]) -> Figure:
 def harvest(kept: dict, out: Path, tag: str) -> str:
     plan = kept["settings"]
     text = [f"The same texts go through the same layers of the same model, in rows of {plan['seq_len']} tokens, {plan['rows']} rows at a time; {plan['repeats']} times in turn. The limit is transformers' own "
-            "layers on tokens that lie ready. saenb's `harvest` tokenizes, runs the model, checks that all numbers are finite, writes shards with their checksums to disk, and opens the finished store. SAELens' "
-            "`ActivationsStore` tokenizes and runs the model; it keeps activations in memory only, so it does less, and would run the model again in the next training. Mixing is left out on both sides.\n"]
+            "layers on tokens that lie ready. saenb's `harvest` tokenizes, runs the model, checks that all numbers are finite, writes shards with their checksums to disk, and opens the finished store. "
+            "SAELens' `CacheActivationsRunner` is the counterpart: it tokenizes, runs the model, and writes a data set of activations and tokens in shards of the same size, not shuffled and without checksums. Its "
+            "`ActivationsStore` keeps activations in memory only, so it does less, and runs the model again in the next training; mixing is left out. Making the data set or opening the model is not timed on either side.\n"]
     for name, item in kept["items"].items():
         limit, rows = [t["seconds"] / t["tokens"] for t in item["timed"]["transformers' own layers"]], []
         for way, times in item["timed"].items():
@@ -170,10 +171,9 @@ def harvest(kept: dict, out: Path, tag: str) -> str:
                   f"The embedded world's model, read at layer {about['layer']}:") + "\n", table(rows)]
         norms = {side: times[0]["norm"] for side, times in item["timed"].items() if "norm" in times[0]}
         if len(norms) > 2: text.append(f"All three ways to compute the stream give the same one: its norm differs by {max(norms.values()) / min(norms.values()) - 1:.0e} at most.\n")
-        theirs = item["timed"].get("SAELens' ActivationsStore")
-        if theirs:
-            per = lambda times: [t["seconds"] / t["tokens"] for t in times]
-            text.append(f"SAELens takes {show(ratio(per(theirs), per(item['timed'][OUR_HARVEST])))} times as long a token as saenb's harvest.\n")
+        per = lambda way: [t["seconds"] / t["tokens"] for t in item["timed"][way]]
+        beside = [f"{way} {show(ratio(per(way), per(OUR_HARVEST)))} times" for way in THEIR_HARVESTS if way in item["timed"]]
+        if beside: text.append(f"Time for a token as a multiple of saenb's harvest: {', '.join(beside)}.\n")
     return "\n".join(text)
 
 
