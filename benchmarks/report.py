@@ -32,7 +32,7 @@ how many features are active, it changes while they learn: "first, last" are the
 
 DIFFERENCES = """What a step does that others' steps do not:
 
-- **saenb** needs five products, not six, since of the gradient at the encoder's input only the sum over the batch is used; on a processor it leaves out of three or four of them what multiplies zeros as soon as
+- **saenb** needs five products, not six, since of the gradient at the encoder's input only the sum over the batch is used; on a CPU it leaves out of four of them what multiplies zeros as soon as
   few enough features are active for that to pay, so its speed depends on the data and on how far training has come, which the columns "first, last" and "active features" show. It removes from the decoder's gradient what points along the rows,
   gives the rows length one, counts on how many tokens each feature is active and how long ago that was, and notes every term of the loss. Adam is torch's fused one. Freed memory stays in the process.
 - **SAELens** computes six products, clips the gradient's norm, and counts active tokens and dead features like saenb. Its decoder rows may have any length; their lengths weigh the L1 term.
