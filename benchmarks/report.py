@@ -244,7 +244,10 @@ def growth(kept: dict, out: Path, tag: str) -> str:
                             if c["shape"][other] == first[other] and c["contestants"].get(name, {}).get("seconds"))
             package = next(c["contestants"][name]["package"] for c in contests if name in c["contestants"])
             if points: ax.plot(*zip(*points), marker="o", ms=3, label=name, color=COLOURS[package], ls="--" if "," in name else "-")
+        ticks = sorted({c["shape"][key] for c in contests if c["shape"][other] == first[other]})
         ax.set(xscale="log", yscale="log", xlabel=dict(d_sae="features", batch="batch")[key], ylabel="seconds a step", title=f"{dict(d_sae='features', batch='batches')[other]} of {first[other]:,}" if other == "batch" else f"{first[other]:,} features")
+        ax.set_xticks(ticks, [f"{t:,}" for t in ticks], fontsize=8)
+        ax.set_xticks([], minor=True)
     fig.axes[0].legend(fontsize=8)
     keep(fig, out/f"{tag}growth.png")
     return f"Seconds a step (medians) on a stream of {first['d_in']:,}, measured as above but over fewer steps.\n\n" + table([{h: row.get(h) for h in ("features", "batch", *names)} for row in rows]) + f"\n![Growth]({tag}growth.png)\n"
