@@ -5,11 +5,11 @@ ARGS ?=
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test docs clean
+.PHONY: help setup reproduce test docs bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
-	@echo 'PYTHON=... chooses the interpreter, ARGS=... is passed on to reproduce and test.'
+	@echo 'PYTHON=... chooses the interpreter, ARGS=... is passed on to reproduce, test and bench.'
 
 reproduce: setup ## Make all runs, logs and figures; picks up where it was stopped
 	.venv/bin/saenb reproduce $(ARGS)
@@ -19,6 +19,9 @@ test: setup ## Run the tests, notebooks included
 
 docs: setup ## Build the site into _docs/
 	.venv/bin/python docs/build.py
+
+bench: setup ## Measure saenb beside other packages, and write benchmarks/report.md; leave the machine alone meanwhile
+	.venv/bin/python benchmarks/bench.py $(ARGS)
 
 clean: ## Remove what was built, but neither runs/ nor .venv/
 	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
