@@ -29,7 +29,7 @@ setup(
     packages=find_packages(include=["saenb", "saenb.*"]),
     package_data={"saenb": ["data/**"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "tensorboard", "wandb")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "tensorboard", "wandb", "ray")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         # nbdev looks symbols up here when it links `names` in the prose to their documentation.

