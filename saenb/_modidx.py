@@ -621,7 +621,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'saenb.interchange.Weights.expect': ('interchange.html#weights.expect', 'saenb/interchange.py'),
                                    'saenb.interchange.Weights.read': ('interchange.html#weights.read', 'saenb/interchange.py'),
                                    'saenb.interchange._class_of': ('interchange.html#_class_of', 'saenb/interchange.py'),
-                                   'saenb.interchange._deeper': ('interchange.html#_deeper', 'saenb/interchange.py'),
                                    'saenb.interchange._folded': ('interchange.html#_folded', 'saenb/interchange.py'),
                                    'saenb.interchange._inputs': ('interchange.html#_inputs', 'saenb/interchange.py'),
                                    'saenb.interchange._known': ('interchange.html#_known', 'saenb/interchange.py'),

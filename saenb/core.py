@@ -254,6 +254,7 @@ def alone(folder: str | Path, name: str = ""):
     from filelock import FileLock, Timeout
     folder = Path(folder)
     path = folder/(f".{name}.lock" if name else ".lock")
+    new = not folder.exists()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
@@ -265,6 +266,8 @@ def alone(folder: str | Path, name: str = ""):
     finally:
         with suppress(OSError): path.unlink() # elsewhere than on Unix it may not be, and stays
         lock.release()
+        if new:
+            with suppress(OSError): folder.rmdir() # if nothing came into it
 
 def made_once(
     path: str | Path, # a JSON file

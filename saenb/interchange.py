@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import SaenbError, read_json, write_json, write_tensors
+from .core import SaenbError, read_json, read_tensors, write_json, write_tensors
 from .sae import CONFIG, SAE, SAEConfig, WEIGHTS, make_mechanism, to_file
 from .train import Mechanism
 
@@ -62,6 +62,7 @@ class Weights:
     def read(self) -> dict[str, torch.Tensor]:
         "The tensors themselves."
         try: return self.open()
+        except SaenbError: raise
         except Exception as e: raise unreadable(self.path, str(e)) from None # whatever a broken file makes its reader say
 
     def expect(self, shapes: dict[str, tuple]):
@@ -82,9 +83,7 @@ def look(path: Path) -> Weights:
 
 def look_safetensors(path: Path) -> Weights:
     from safetensors import safe_open
-    def read():
-        with safe_open(str(path), framework="pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
-    with safe_open(str(path), framework="pt") as f: return Weights(path, {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, read)
+    with safe_open(str(path), framework="pt") as f: return Weights(path, {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, lambda: read_tensors(path, "dictionary")[0])
 
 def look_npz(path: Path) -> Weights:
     shapes, size = {}, path.stat().st_size
@@ -160,16 +159,9 @@ def as_sae(
 
 # %% ../nbs/02_interchange.ipynb #efdbd7b5
 def configuration(path: Path) -> dict:
-    "A JSON file of a size and depth that configurations have."
+    "A JSON file of a size that configurations have."
     if path.exists() and path.stat().st_size > 2**20: raise SaenbError(f"{path} is no dictionary configuration: it is {path.stat().st_size:,} bytes long.")
-    try: entry = read_json(path, "dictionary configuration")
-    except RecursionError: entry = None
-    if entry is None or _deeper(entry, 12): raise SaenbError(f"{path} is no dictionary configuration: it is nested too deeply.")
-    return entry
-
-def _deeper(value, levels):
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels == 0 or any(_deeper(v, levels - 1) for v in inner)
+    return read_json(path, "dictionary configuration")
 
 def checked(entry: dict, path: Path, **kinds: str) -> dict:
     "Some of an entry's fields, each of its kind or, where kinds allow it, missing."

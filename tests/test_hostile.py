@@ -55,7 +55,7 @@ def reading():
     @contextlib.contextmanager
     def instead(read):
         real = saenb.lab.run
-        def run(*_): return read() or Record(ROOT/"runs"/"tiny-full"/"orthogonality"/"run_0"/"seed_0")
+        def run(*_, **__): return read() or Record(ROOT/"runs"/"tiny-full"/"orthogonality"/"run_0"/"seed_0")
         saenb.lab.run = run
         try: yield lambda: called("run", "orthogonality/0")
         finally: saenb.lab.run = real

@@ -31,7 +31,7 @@ from ..sources import TextSource, open_dataset
 @dataclass(frozen=True, kw_only=True)
 class PositionalSetup(CorpusSetup):
     "Corpora whose positions features may know, and texts whose label is their order."
-    order: "tuple[LabelledOrder | SentenceOrder, ...]" # tasks, each from texts that say which order is theirs, or from any
+    order: tuple # tasks, each a LabelledOrder or a SentenceOrder
     seq_len: int = 128 # tokens a row: the context of training, so that a mask is asked about no position it never saw
     position_bins: int = 16 # parts that a row's positions are divided into
     levels: tuple[float, ...] = (0.0, 0.5, 1.0) # states of a feature: off, and above each of these multiples of its mean where it is active
