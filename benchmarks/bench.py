@@ -34,11 +34,11 @@ PACKAGES = ("torch", "sae-lens", "dictionary-learning", "eai-sparsify", "sae-ben
 
 # everybody's settings; a contestant's own options come on top
 PLAN = dict(
-    training=dict(batch=2048, distinct=48, held=2048, uncounted=3, shapes=[dict(d_in=2304, d_sae=2304, rounds=20, chunk=10, own_starts=True),
-                                                                           dict(d_in=2304, d_sae=16384, rounds=8, chunk=5, own_starts=False)]),
+    training=dict(batch=2048, distinct=48, held=2048, uncounted=3, shapes=[dict(d_in=2304, d_sae=2304, rounds=10, chunk=10, own_starts=True),
+                                                                           dict(d_in=2304, d_sae=16384, rounds=6, chunk=5, own_starts=False)]),
     growth=dict(distinct=4, held=512, uncounted=2, shapes=[dict(d_in=2304, d_sae=d_sae, batch=batch, rounds=3, chunk=4) for d_sae, batch in
                                                            ((2304, 2048), (4608, 2048), (9216, 2048), (16384, 2048), (2304, 512), (2304, 1024), (2304, 4096))]),
-    harvest=dict(seq_len=128, rows=32, repeats=5, models=dict(world=dict(tokens=2**17, times=8), random=dict(hidden=768, layers=8, layer=4, tokens=2**14, times=2))),
+    harvest=dict(seq_len=128, rows=32, repeats=5, models=dict(world=dict(tokens=2**18, times=16), random=dict(hidden=768, layers=8, layer=4, tokens=2**14, times=2))),
     store=dict(d_in=2304, tokens=2**19, shard=2**13, pool_bytes=2**28, batch=2048, epochs=2),
     evals=dict(source="parity"),
     steps=dict(d_in=2304, d_sae=2304, batch=2048, steps=10, repeats=3, runs=list(RUNS)))

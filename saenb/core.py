@@ -210,12 +210,17 @@ def _deeper(value, left):
     return bool(inner) and (left == 0 or any(_deeper(v, left - 1) for v in inner))
 
 # %% ../nbs/00_core.ipynb #4191dc1c
-def write_tensors(path: str | Path, tensors: dict, about: dict | None = None):
+def write_tensors(
+    path: str | Path, # the file to be
+    tensors: dict, # by name
+    about: dict | None = None, # facts to keep with them
+    checksum: bool = True, # keep one with them too; False where the whole file's is kept elsewhere
+):
     "Write named tensors and a few facts about them as one safetensors file."
     from safetensors.torch import save_file
     ready = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     with replacing(path) as draft:
-        save_file(ready, draft, metadata={"saenb": json.dumps((about or {}) | dict(sha256=tensors_digest(ready)))}) # in one entry, since several come in any order
+        save_file(ready, draft, metadata={"saenb": json.dumps((about or {}) | (dict(sha256=tensors_digest(ready)) if checksum else {}))}) # in one entry, since several come in any order
 
 def tensors_digest(tensors: dict) -> str:
     "SHA-256 of tensors with their names, types and shapes."

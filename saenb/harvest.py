@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .core import SaenbError, alone, brief, file_digest, misfit, need_room, pick, read_json, write_json, write_tensors
+from .core import SaenbError, alone, brief, file_digest, hold_memory, misfit, need_room, pick, read_json, write_json, write_tensors
 from .sources import sided_texts
 
 # %% ../nbs/01_harvest.ipynb #249eed66
@@ -249,6 +249,7 @@ def harvest(
     about: dict | None = None, # what the texts are, kept in store.json and compared when work goes on
 ) -> Store:
     "Let a model read texts and keep one layer's stream."
+    hold_memory()
     out = Path(out)
     d_in, kept = model.cfg.d_model, pick(dtype, KEPT_TYPES, "type for a store")
     if not 0 <= layer < model.cfg.n_layers:
@@ -273,7 +274,7 @@ def _fill(out, journal, model, texts, kept, batch, shard_bytes):
             name = f"shard_{len(journal['shards']):05}.safetensors"
             need_room(out, len(group) * seq_len * d_in * kept.itemsize, f"The next shard of {out}")
             shard = _read_rows(model, group, layer, done, batch, kept, bar)
-            write_tensors(out/name, shard)
+            write_tensors(out/name, shard, checksum=False) # the journal keeps the file's
             sides = torch.bincount(shard["side"].long(), minlength=3).tolist()
             journal["shards"].append(dict(file=name, rows=len(group), tokens=len(shard["x"]), sides=sides, sha256=file_digest(out/name)))
             done += len(group)
