@@ -1096,7 +1096,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'saenb.sources.sided_texts': ('sources.html#sided_texts', 'saenb/sources.py')},
             'saenb.sparse': { 'saenb.sparse.Active': ('sparse.html#active', 'saenb/sparse.py'),
                               'saenb.sparse.Active.__init__': ('sparse.html#active.__init__', 'saenb/sparse.py'),
-                              'saenb.sparse.Active._starts': ('sparse.html#active._starts', 'saenb/sparse.py'),
                               'saenb.sparse.Active.by_feature': ('sparse.html#active.by_feature', 'saenb/sparse.py'),
                               'saenb.sparse.Active.by_token': ('sparse.html#active.by_token', 'saenb/sparse.py'),
                               'saenb.sparse.Active.products': ('sparse.html#active.products', 'saenb/sparse.py'),

@@ -23,38 +23,35 @@ def weighted_sums(
     weights: torch.Tensor, # how much of it
     table: torch.Tensor, # the rows
 ) -> torch.Tensor:
-    "Sums of some rows of a table, [sums, width]."
-    return F.embedding_bag(which, table, starts, mode="sum", per_sample_weights=weights)
+    "Sums of some rows of a table, [sums, width], in the table's precision."
+    return F.embedding_bag(which, table.detach(), starts, mode="sum", per_sample_weights=weights.to(table.dtype)) # which keeps more for a table that has gradients
 
 class Active:
     "Where activations are not zero."
     def __init__(self, f: torch.Tensor):
         self.shape = f.shape
         self.token, self.feature = f.nonzero(as_tuple=True)
-        self.order = self.feature.argsort(stable=True)
-        self.token_starts, self.feature_starts = (self._starts(which, count) for which, count in zip((self.token, self.feature), f.shape))
         self.value = f[self.token, self.feature]
-
-    def _starts(self, which, count):
-        counts = which.bincount(minlength=count)
-        return counts.cumsum(0) - counts
+        self.order = self.feature.argsort(stable=True)
+        self.token_in_order = self.token[self.order]
+        self.tokens, self.features = (which.bincount(minlength=count) for which, count in zip((self.token, self.feature), f.shape)) # entries of each
 
     def by_token(self, weights, table):
         "A weighted sum of the features' rows for each token."
-        return weighted_sums(self.token_starts, self.feature, weights, table)
+        return weighted_sums(self.tokens.cumsum(0) - self.tokens, self.feature, weights, table)
 
     def by_feature(self, weights, table):
-        "A weighted sum of the tokens' rows for each feature."
-        return weighted_sums(self.feature_starts, self.token[self.order], weights[self.order], table)
+        "A weighted sum of the tokens' rows for each feature; the weights are in the features' order."
+        return weighted_sums(self.features.cumsum(0) - self.features, self.token_in_order, weights, table)
 
-    def products(self, rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        "The inner product of each active token's row with its feature's row of a table."
-        ends = torch.cat([self.token_starts, torch.tensor([len(self.token)])])
-        where = torch.sparse_csr_tensor(ends, self.feature, torch.zeros_like(self.value), self.shape, check_invariants=False)
-        return torch.sparse.sampled_addmm(where, rows, table.T).values()
+    def products(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        "The inner products of each feature's row of a table with the rows of the tokens that it is active on, in the features' order."
+        ends = torch.cat([self.features.new_zeros(1), self.features.cumsum(0)])
+        where = torch.sparse_csr_tensor(ends, self.token_in_order, torch.zeros_like(self.value), self.shape[::-1], check_invariants=False)
+        return torch.sparse.sampled_addmm(where, table, rows.T).values()
 
 # %% ../nbs/03_sparse.ipynb #5a2bbd4d
-SPARSE_BELOW = {torch.float32: 1 / 8, torch.bfloat16: 1 / 40} # share of active entries below which sums are faster than dense products of a type
+SPARSE_BELOW = {torch.float32: 1 / 8, torch.bfloat16: 1 / 14} # share of active entries below which sums are faster than dense products of a type
 LOOKED_AT = 64 # tokens of a batch by which that is decided
 
 def pays(f: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -70,28 +67,27 @@ class Autoencode(torch.autograd.Function):
     "A dictionary without gates: activations, their sums [n, 1], the reconstruction, and on how many tokens each feature is active."
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, dtype):
-        centred = x - b_dec
+        centred = (x - b_dec).to(dtype)
         f = torch.relu_(product(centred, W_enc, dtype).add_(b_enc))
         ctx.active = active = Active(f) if pays(f, dtype) else None
         ctx.dtype = dtype
         ctx.save_for_backward(centred, W_enc, W_dec, f)
         ctx.set_materialize_grads(False)
-        if active: sums, counts = weighted_sums(active.token_starts, torch.zeros_like(active.token), active.value, torch.ones(1, 1)), active.feature.bincount(minlength=f.shape[1])
-        else: sums, counts = f.sum(1, keepdim=True), (f > 0).sum(0)
-        reconstruction = (active.by_token(active.value, W_dec) if active else product(f, W_dec, dtype)).add_(b_dec)
+        if active: sums, counts, reconstruction = active.by_token(active.value, torch.ones(1, 1).expand(f.shape[1], 1)), active.features, active.by_token(active.value, W_dec.to(dtype)).float()
+        else: sums, counts, reconstruction = f.sum(1, keepdim=True), (f > 0).sum(0), product(f, W_dec, dtype)
         ctx.mark_non_differentiable(counts)
-        return f, sums, reconstruction, counts
+        return f, sums, reconstruction.add_(b_dec), counts
 
     @staticmethod
     def backward(ctx, grad_f, grad_sums, grad, _):
         centred, W_enc, W_dec, f = ctx.saved_tensors
         active, dtype = ctx.active, ctx.dtype
         if active:
-            inward = active.products(grad, W_dec) + grad_sums[active.token, 0]
-            if grad_f is not None: inward += grad_f[active.token, active.feature]
-            grad_dec = active.by_feature(active.value, grad)
-            grad_enc = active.by_feature(inward, centred).T.contiguous() # laid out as the parameter is, which fused optimisers take for granted
-            grad_bias = torch.zeros_like(f[0]).index_add_(0, active.feature, inward)
+            inward = active.products(W_dec, grad) + grad_sums[active.token_in_order, 0]
+            if grad_f is not None: inward += grad_f[active.token_in_order, active.feature[active.order]]
+            grad_dec = active.by_feature(active.value[active.order], grad.to(dtype)).float()
+            grad_enc = active.by_feature(inward, centred).T.contiguous().float() # laid out as the parameter is, which fused optimisers take for granted
+            grad_bias = active.by_feature(inward, torch.ones(1, 1).expand(len(f), 1)).squeeze(1)
         else:
             inward = product(grad, W_dec.T, dtype).add_(grad_sums)
             if grad_f is not None: inward += grad_f
