@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -26,7 +27,7 @@ from saenb.core import SaenbError, fingerprint, pick, write_text
 from saenb.evals import sparse_probing, unlearning
 from saenb.evals.base import Readings, as_text
 from saenb.evals.controls import untrained
-from saenb.evals.unlearning import REFERENCE, Exam, UnlearningSetup, judge, settings_of, usage
+from saenb.evals.unlearning import REFERENCE, Exam, UnlearningSetup, Usage, judge, settings_of, usage
 from saenb.presets import preset
 from saenb.sae import SAE, SAEConfig
 from saenb.world import World
@@ -60,12 +61,21 @@ def unlearning_setup(world: World) -> UnlearningSetup:
                            grid=REFERENCE, **UNLEARNING)
 
 
-def all_answers(exam: Exam, sae: SAE) -> list[dict]:
-    "Every setting's features and right answers, hopeless settings included."
+def all_answers(exam: Exam, sae: SAE, theirs: list[list[int]] = ()) -> list[dict]:
+    "Every setting's features and right answers, hopeless settings included; of features that are equally dense those that SAEBench chose, where it chose."
     exam = copy.copy(exam)
     exam.setup = replace(exam.setup, lowest_retain=0.0)
     use = usage(exam, sae)
-    return judge(exam, sae, settings_of(exam.setup.grid, use), use)[0]
+    settings = settings_of(exam.setup.grid, use)
+    for s in settings: s["features"], s["own"] = among_equals(s, use, theirs), s["features"]
+    return [row | dict(own=s["own"]) for row, s in zip(judge(exam, sae, settings, use)[0], settings)]
+
+
+def among_equals(setting: dict, use: Usage, theirs: list[list[int]]) -> np.ndarray:
+    "SAEBench's choice where it differs from ours in equally dense features alone: numpy sorts those in an order that changes with its version and the processor."
+    def fits(features): return len(features) == len(setting["features"]) and (use.forget[features] == use.forget[setting["features"]]).all() and (use.retain[features] < setting["retain_threshold"]).all()
+    choices = [np.array(features, int) for features in theirs if fits(features)]
+    return setting["features"] if not choices or any((c == setting["features"]).all() for c in choices) else choices[0]
 
 
 def packed(right) -> str:
@@ -152,7 +162,7 @@ def compare_unlearning(theirs: Theirs, saes: dict, folders: dict, world: World, 
         return exam
     exam, once = timed(prepare)
     same_known = exam.known == known["known"]
-    rows = [{"unlearning": "once a model: which questions are known", "theirs": None, "ours": None, "answers": None, "equal answers": None, "equal": yes(same_known),
+    rows = [{"unlearning": "once a model: which questions are known", "theirs": None, "ours": None, "answers": None, "equal answers": None, "equal": yes(same_known), "ties": None,
              "seconds theirs": known["wall"], "seconds ours": once["wall"], "ratio": ratio([known], [once]), "of processor time": ratio([known], [once], "cpu"), "with the first row": None}]
     found, results = {}, {}
     for name, sae in saes.items():
@@ -163,7 +173,7 @@ def compare_unlearning(theirs: Theirs, saes: dict, folders: dict, world: World, 
         score = results[name]["eval_result_unstructured"]["score"]
         # theirs by the features that were clamped and to what; where two settings choose the same features SAEBench asks once
         right = {(*row["features"], -row["multiplier"]): [bool(r) for q in setup.questions for r in row["right"][q.subject]] for row in their["settings"]}
-        ours, total, equal = all_answers(exam, sae), 0, 0
+        ours, total, equal = all_answers(exam, sae, [row["features"] for row in their["settings"]]), 0, 0
         for row in ours:
             there = right.get((*row["features"], -row["multiplier"]), [None] * len(exam.answer))
             total += len(exam.answer)
@@ -172,7 +182,7 @@ def compare_unlearning(theirs: Theirs, saes: dict, folders: dict, world: World, 
         found[name] = dict(fingerprint=sae.fingerprint(), score=score, equal=agreed, seconds=spent(their, took), settings=[
             dict(retain_threshold=r["retain_threshold"], n_features=r["n_features"], multiplier=r["multiplier"],
                  features=" ".join(map(str, r["features"])), right=packed(r["right"])) for r in ours])
-        rows.append({"unlearning": name, "theirs": their["score"], "ours": score, "answers": total, "equal answers": equal, "equal": yes(agreed),
+        rows.append({"unlearning": name, "theirs": their["score"], "ours": score, "answers": total, "equal answers": equal, "equal": yes(agreed), "ties": sum(list(r["own"]) != r["features"] for r in ours),
                      "seconds theirs": their["wall"], "seconds ours": took["wall"], "ratio": ratio([their], [took]), "of processor time": ratio([their], [took], "cpu"),
                      "with the first row": ratio([known, their], [once, took])})
         print(as_text(rows[-1:]), flush=True)
