@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from saenb.analyses import step_cost
+from saenb.analyses import step_cost, weights_to_go_on_from
 from saenb.core import SaenbError, file_digest, need_room, pick, read_json, within, write_json, write_tensors
-from saenb.harvest import FORMAT, token_rows
+from saenb.harvest import FORMAT, Batch, token_rows
 from saenb.runs.table import RUNS
 from saenb.sae import SAE, SAEConfig
 from saenb.train import TrainConfig
@@ -375,16 +375,29 @@ def evals(bench: Bench):
     results.measure("parity", one)
 
 
+class Stream:
+    "Batches of a made-up stream; as much of a store as training needs."
+    path = "made up"
+
+    def __init__(self, d_in: int, batch: int, batches: int = 16):
+        self.d_in, place = d_in, torch.arange(batch)
+        self.kept = [Batch(x, place % 128, place % 2 + 1, torch.zeros_like(place), place // 128) for x in made_up(d_in, batches * batch, 0, 0)["x"].split(batch)]
+
+    def check_batch(self, size, balanced): pass
+    def batches(self, size, seed): return iter(self.kept)
+
+
 def steps(bench: Bench):
     "What every run's step costs as a multiple of the baseline's."
-    from step_cost import Stream
     torch.set_num_threads(bench.threads)
-    results, plan, stream = bench.part("steps"), bench.plan["steps"], None
+    results, plan, made = bench.part("steps"), bench.plan["steps"], None
     for id in plan["runs"]:
         if id.endswith("/0") or id in results.kept["items"]: continue
-        stream = stream or Stream(plan["d_in"], plan["batch"])
+        if not made:
+            stream = Stream(plan["d_in"], plan["batch"])
+            made = stream, weights_to_go_on_from(stream, plan["d_sae"], plan["batch"])
         results.measure(id, lambda: dict(title=RUNS[id].title, experiment=RUNS[id].experiment,
-                                         ratios=step_cost([RUNS[id]], stream, plan["d_sae"], plan["batch"], plan["steps"], plan["repeats"])[id]))
+                                         ratios=step_cost([RUNS[id]], made[0], plan["d_sae"], plan["batch"], plan["steps"], plan["repeats"], made[1])[id]))
 
 
 def main(args):

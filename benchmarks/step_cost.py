@@ -7,36 +7,22 @@ import argparse
 import sys
 
 import torch
+from bench import Stream
 
-from saenb.analyses import step_cost
+from saenb.analyses import step_cost, weights_to_go_on_from
 from saenb.core import SaenbError, pick
 from saenb.evals.base import as_text
-from saenb.harvest import Batch
 from saenb.runs.base import EXPERIMENTS
 from saenb.runs.table import RUNS
-
-
-class Stream:
-    """Batches of a made-up stream whose directions have spectra like a model's; as much of a store as training needs."""
-    path = "made up"
-
-    def __init__(self, d_in: int, batch: int):
-        draw = torch.Generator().manual_seed(0)
-        mixed = torch.randn(d_in, d_in, generator=draw) * torch.arange(1, d_in + 1).float()**-0.5
-        self.d_in = d_in
-        self.kept = [Batch(torch.randn(batch, d_in, generator=draw) @ mixed, torch.arange(batch) % 128, torch.arange(batch) % 2 + 1, torch.zeros(batch, dtype=torch.long),
-                           torch.arange(batch) // 128) for _ in range(4)]
-
-    def check_batch(self, size, balanced): pass
-    def batches(self, size, seed): return iter(self.kept)
 
 
 def main(args):
     if args.threads: torch.set_num_threads(args.threads)
     pick(args.experiment, EXPERIMENTS, "experiment")
     stream, rows = Stream(args.d_in, args.batch), []
+    start = weights_to_go_on_from(stream, args.d_sae, args.batch)
     for run in (r for r in RUNS.values() if r.experiment == args.experiment):
-        ratios = step_cost([run], stream, args.d_sae, args.batch, args.steps, args.repeats)[run.id]
+        ratios = step_cost([run], stream, args.d_sae, args.batch, args.steps, args.repeats, start)[run.id]
         rows.append({"run": run.id, "title": run.title, "times the baseline's": sum(ratios) / len(ratios), "least": min(ratios), "most": max(ratios)})
         print(as_text(rows[-1:]), flush=True)
     print(f"\n{args.d_in} wide, {args.d_sae} features, batches of {args.batch}, {torch.get_num_threads()} threads\n{as_text(rows)}")

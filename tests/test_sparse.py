@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saenb import sparse
-from saenb.sae import SAE, SAEConfig
+from saenb.harvest import Batch
+from saenb.runs.table import RUNS
+from saenb.sae import MECHANISMS, make_mechanism
 from saenb.sparse import Active, Autoencode
-from saenb.train import TrainConfig, Trainer
+from saenb.train import Mechanism, TrainConfig, Trainer
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -71,12 +73,71 @@ def test_a_training_is_the_same_either_way(store, fresh, monkeypatch, precision,
     assert last["l0"] > 1
 
 
-def test_resting_features_and_gates_take_the_plain_way(store, fresh):
-    from saenb.sae import make_mechanism
+GATED = [run.id for run in RUNS.values() if any(MECHANISMS[name].gate or MECHANISMS[name].after_backward for name, _ in run.mechanisms)]
+
+
+def trainer_of(id, store, sae, **config):
+    "A trainer of a run, whose gates have moved."
+    torch.manual_seed(0)
+    trainer = Trainer(sae, store, [make_mechanism(name, settings, sae.cfg) for name, settings in RUNS[id].mechanisms], TrainConfig(**dict(steps=1, batch=512) | RUNS[id].training | config))
+    with torch.no_grad():
+        for p in trainer.mechanisms.parameters(): p += 0.3 * torch.rand_like(p)
+        for m in trainer.mechanisms:
+            if hasattr(m, "kept"): m.kept[::3] = 0
+            if type(m).__name__ == "SideBlocks": m.working = 192
+    return trainer
+
+
+def forth_and_back(trainer, batch):
+    "What a step computes, and all gradients."
+    f, sums, out, _ = trainer.forward(batch)
+    f.retain_grad()
+    ((out - batch.x).pow(2).sum() + 0.3 * sums.mean() + f.pow(3).mean()).backward()
+    return dict(f=f, sums=sums, out=out) | {name: p.grad for name, p in trainer.sae.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("limit", [-1.0, 2.0], ids=["dense", "sparse"])
+@pytest.mark.parametrize("id", GATED)
+def test_gates_learn_what_autograd_says(store, fresh, monkeypatch, id, limit):
+    monkeypatch.setattr(sparse, "SPARSE_BELOW", {torch.float32: limit})
+    batch = next(store.batches(512, balanced=RUNS[id].training.get("balanced", False)))
+    trainer, plain = (trainer_of(id, store, fresh()) for _ in range(2))
+    for m in plain.mechanisms: m.on_active = False
+    with torch.no_grad(): before = (batch.x - plain.sae.b_dec) @ plain.sae.W_enc + plain.sae.b_enc
+    batch = Batch(*(t[before.abs().amin(1) > 1e-6 * before.abs().amax()] for t in vars(batch).values())) # others, rounded otherwise, may be on one side of zero or on the other
+    assert len(batch) > 400
+    found, expected = forth_and_back(trainer, batch), forth_and_back(plain, batch)
+    assert found.keys() == expected.keys()
+    for name in found:
+        of_one_kind = [t.detach().abs().max().item() for other, t in expected.items() if other == name or other[:6] == name[:6] == "gates."] # some of a gate's gradients are zero but for rounding
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * max(of_one_kind), msg=lambda m: f"{name}: {m}")
+    for m in trainer._with("after_backward"): # what it is shown of the activations' gradient
+        ours, theirs = found["f"].grad, expected["f"].grad
+        shown = trainer.sae.ungated(batch.x) > 0 if m.on_active else torch.ones_like(ours, dtype=torch.bool)
+        torch.testing.assert_close(ours[shown], theirs[shown], rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("id", ["positional/4", "contrastive/2", "dual_objective/2"])
+def test_a_gated_training_is_the_same_either_way(store, fresh, id):
+    def curve(on_active):
+        trainer = trainer_of(id, store, fresh(), steps=40, warmup=10, lr=1e-3, log_every=10)
+        if not on_active:
+            for m in trainer.mechanisms: m.on_active = False
+        trainer.fit(progress=False)
+        return torch.tensor([line["loss"] for line in trainer.history])
+    torch.testing.assert_close(curve(True), curve(False), rtol=1e-4, atol=0)
+
+
+def test_a_gate_that_wakes_features_is_taken_at_its_word(store, fresh):
+    class Wakes(Mechanism):
+        def __init__(self, d_in, d_sae):
+            super().__init__(d_in, d_sae)
+            self.added = torch.nn.Parameter(torch.zeros(d_sae))
+        def gate(self, x, f, positions): return f + self.added
     sae = fresh()
-    trainer = Trainer(sae, store, [make_mechanism("HardMask", {}, sae.cfg)], TrainConfig(steps=1))
-    batch = next(store.batches(64))
-    f, sums, out, active = trainer.forward(batch)
-    torch.testing.assert_close(f, sae.encode(batch.x, batch.position))
-    torch.testing.assert_close(sums, f.sum(1, keepdim=True))
-    assert active is None
+    gate = Wakes(sae.cfg.d_in, sae.cfg.d_sae)
+    try:
+        found = forth_and_back(Trainer(sae, store, [gate], TrainConfig(steps=1)), next(store.batches(64)))
+        assert (gate.added.grad != 0).all() # also where all of the batch is silent
+        assert torch.equal(found["f"], sae.encode(next(store.batches(64)).x))
+    finally: del MECHANISMS["Wakes"]

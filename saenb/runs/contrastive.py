@@ -100,6 +100,8 @@ class ContrastiveGroups(Mechanism):
 # %% ../../nbs/08_contrastive.ipynb #79cd49ca
 class ImportantFeatures(Mechanism):
     "Silences features of little importance."
+    on_active = True
+
     def __init__(self, d_in, d_sae,
         activation: float, # share of the mean activation in a feature's importance
         gradient: float, # share of the gradient

@@ -33,6 +33,8 @@ class Lookup(torch.autograd.Function):
 
 class PositionMask(Mechanism):
     "Lets each feature speak at some positions; children make `mask`, what passes at each position of each feature, [length, d_sae]."
+    on_active = True
+
     def __init__(self, d_in, d_sae,
         length: int = 128, # positions that the mask tells apart
         **settings # of the children
@@ -207,6 +209,8 @@ class EvolvingMask(HybridMask):
 # %% ../../nbs/07_positional.ipynb #ffca6f51
 class FeatureRouter(Mechanism):
     "Heads that attend from tokens to groups of features, and let through what is attended to."
+    on_active = True
+
     def __init__(self, d_in, d_sae,
         heads: int = 8, # that attend
         groups: int = 64, # of features, which are attended to
