@@ -4,6 +4,7 @@ from statistics import median, quantiles
 
 from matplotlib.figure import Figure
 
+from saenb.analyses import YOUNG
 from saenb.core import SaenbError, read_json, write_text
 from saenb.plots import keep
 
@@ -228,8 +229,9 @@ def steps(kept: dict, out: Path, tag: str) -> str:
     ax.set(xlabel="step cost, as a multiple of the baseline's")
     ax.spines[["top", "right"]].set_visible(False)
     keep(fig, out/"steps.png")
-    return (f"What a training step of every run costs as a multiple of its baseline's, in turn in one process: {plan['d_sae']:,} features on a stream of {plan['d_in']:,}, batches of {plan['batch']:,}, over as many steps as a "
-            f"run's rarest part takes to come round, {plan['repeats']} times. Nothing outside saenb is compared here.\n\n" + table(rows) + "\n![Step costs](steps.png)\n")
+    return (f"What a training step of every run costs as a multiple of its baseline's, in turn in one process: {plan['d_sae']:,} features on a stream of {plan['d_in']:,}, batches of {plan['batch']:,}. "
+            f"Both are trained for {YOUNG} steps and then measured, over as many steps as the run's rarest part takes to come round, {plan['repeats']} times; the baseline's steps are those of the first table, which leave out "
+            f"what is silent. Nothing outside saenb is compared here.\n\n" + table(rows) + "\n![Step costs](steps.png)\n")
 
 
 def growth(kept: dict, out: Path, tag: str) -> str:

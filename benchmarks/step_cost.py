@@ -9,7 +9,7 @@ import sys
 import torch
 from bench import Stream
 
-from saenb.analyses import step_cost, weights_to_go_on_from
+from saenb.analyses import step_cost
 from saenb.core import SaenbError, pick
 from saenb.evals.base import as_text
 from saenb.runs.base import EXPERIMENTS
@@ -20,9 +20,8 @@ def main(args):
     if args.threads: torch.set_num_threads(args.threads)
     pick(args.experiment, EXPERIMENTS, "experiment")
     stream, rows = Stream(args.d_in, args.batch), []
-    start = weights_to_go_on_from(stream, args.d_sae, args.batch)
     for run in (r for r in RUNS.values() if r.experiment == args.experiment):
-        ratios = step_cost([run], stream, args.d_sae, args.batch, args.steps, args.repeats, start)[run.id]
+        ratios = step_cost([run], stream, args.d_sae, args.batch, args.steps, args.repeats)[run.id]
         rows.append({"run": run.id, "title": run.title, "times the baseline's": sum(ratios) / len(ratios), "least": min(ratios), "most": max(ratios)})
         print(as_text(rows[-1:]), flush=True)
     print(f"\n{args.d_in} wide, {args.d_sae} features, batches of {args.batch}, {torch.get_num_threads()} threads\n{as_text(rows)}")

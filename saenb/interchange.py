@@ -32,7 +32,7 @@ from .train import Mechanism
 # %% ../nbs/02_interchange.ipynb #c2352594
 class JumpReLU(Mechanism):
     "Silences activations that do not exceed their feature's threshold."
-    on_active = True
+    concerns = "passing"
 
     def __init__(self, d_in, d_sae):
         super().__init__(d_in, d_sae)
@@ -42,7 +42,7 @@ class JumpReLU(Mechanism):
 
 class TopK(Mechanism):
     "Lets the strongest features of each token speak."
-    on_active = True
+    concerns = "passing"
 
     def __init__(self, d_in, d_sae,
         k: int, # how many

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .core import Kept, SaenbError, add_line, brief, fingerprint, hold_memory, loose, misfit, pick, read_tensors, within, write_tensors, write_text
 from .harvest import Batch, Store
 from .sae import MECHANISMS, SAE
-from .sparse import Autoencode, Decode, Encode
+from .sparse import Autoencode, Decode, Encode, Where
 
 # %% ../nbs/03_train.ipynb #a5006be3
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Mechanism(nn.Module):
     "An idea that plugs into training; subclasses define the hooks they need and are known by their name."
     gate = penalty = after_backward = after_step = numbers = reorder = renew = None
     working = None # how many features, counted from the first, it leaves at work; None leaves all
-    on_active = False # whether its gate and its `after_backward` have to do with active features alone, so that nothing need be computed for the silent ones
+    concerns = "all" # the activations that its gate and its `after_backward` deal with: all, those "active" before gates, or those "passing" them
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -185,16 +185,18 @@ class Trainer:
     def forward(self, batch: Batch):
         "A batch's activations, their sums [n, 1], its reconstruction, and on how many tokens each feature is active."
         sae, feeling = self.sae, self._with("after_backward")
-        if type(sae) is not SAE or sae.dtype != torch.float32 or sae.device.type != "cpu" or not all(gate.on_active for gate in sae.gates): # what is written by hand is written for that
+        if type(sae) is not SAE or sae.dtype != torch.float32 or sae.device.type != "cpu" or any(gate.concerns == "all" for gate in sae.gates): # what is written by hand is written for that
             with self.products(sae.cfg.d_in, sae.cfg.d_sae):
                 f = sae.encode(batch.x, batch.position)
                 return f, f.sum(1, keepdim=True), sae.decode(f), None
         dtype = getattr(torch, self.precision(sae.cfg.d_in, sae.cfg.d_sae))
         if not sae.gates and not feeling: return Autoencode.apply(batch.x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dtype)
-        f, active = Encode.apply(batch.x, sae.W_enc, sae.b_enc, sae.b_dec, sae.working, dtype)
+        f = spoken = Encode.apply(batch.x, sae.W_enc, sae.b_enc, sae.b_dec, sae.working, where := Where(), dtype)
         with self.products(sae.cfg.d_in, sae.cfg.d_sae):
             for gate in sae.gates: f = gate.gate(batch.x, f, batch.position)
-        return f, *Decode.apply(f, sae.W_dec, sae.b_dec, active, not all(m.on_active for m in feeling), dtype), None
+        concerns = {m.concerns for m in (*sae.gates, *feeling)}
+        where.look(spoken if "active" in concerns else f, dtype)
+        return f, *Decode.apply(f, sae.W_dec, sae.b_dec, where, "all" in concerns, dtype), None
 
     def reorder(self, order: torch.Tensor):
         "Let features change places once the step under way is over: `order` says which one comes first, and so on."

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from saenb import sparse
 from saenb.harvest import Batch
+from saenb.runs.base import Run
 from saenb.runs.table import RUNS
 from saenb.sae import MECHANISMS, make_mechanism
 from saenb.sparse import Active, Autoencode
@@ -73,17 +74,19 @@ def test_a_training_is_the_same_either_way(store, fresh, monkeypatch, precision,
     assert last["l0"] > 1
 
 
-GATED = [run.id for run in RUNS.values() if any(MECHANISMS[name].gate or MECHANISMS[name].after_backward for name, _ in run.mechanisms)]
+GATES = {run.id: run for run in RUNS.values() if any(MECHANISMS[name].gate or MECHANISMS[name].after_backward for name, _ in run.mechanisms)}
+GATES |= {name: Run(name, "", "", ((name, settings),)) for name, settings in (("TopK", dict(k=8)), ("JumpReLU", {}))}
 
 
 def trainer_of(id, store, sae, **config):
     "A trainer of a run, whose gates have moved."
     torch.manual_seed(0)
-    trainer = Trainer(sae, store, [make_mechanism(name, settings, sae.cfg) for name, settings in RUNS[id].mechanisms], TrainConfig(**dict(steps=1, batch=512) | RUNS[id].training | config))
+    trainer = Trainer(sae, store, [make_mechanism(name, settings, sae.cfg) for name, settings in GATES[id].mechanisms], TrainConfig(**dict(steps=1, batch=512) | GATES[id].training | config))
     with torch.no_grad():
         for p in trainer.mechanisms.parameters(): p += 0.3 * torch.rand_like(p)
         for m in trainer.mechanisms:
             if hasattr(m, "kept"): m.kept[::3] = 0
+            if hasattr(m, "threshold") and torch.is_tensor(m.threshold): m.threshold.fill_(0.1)
             if type(m).__name__ == "SideBlocks": m.working = 192
     return trainer
 
@@ -97,12 +100,12 @@ def forth_and_back(trainer, batch):
 
 
 @pytest.mark.parametrize("limit", [-1.0, 2.0], ids=["dense", "sparse"])
-@pytest.mark.parametrize("id", GATED)
+@pytest.mark.parametrize("id", GATES)
 def test_gates_learn_what_autograd_says(store, fresh, monkeypatch, id, limit):
     monkeypatch.setattr(sparse, "SPARSE_BELOW", {torch.float32: limit})
-    batch = next(store.batches(512, balanced=RUNS[id].training.get("balanced", False)))
+    batch = next(store.batches(512, balanced=GATES[id].training.get("balanced", False)))
     trainer, plain = (trainer_of(id, store, fresh()) for _ in range(2))
-    for m in plain.mechanisms: m.on_active = False
+    for m in plain.mechanisms: m.concerns = "all"
     with torch.no_grad(): before = (batch.x - plain.sae.b_dec) @ plain.sae.W_enc + plain.sae.b_enc
     batch = Batch(*(t[before.abs().amin(1) > 1e-6 * before.abs().amax()] for t in vars(batch).values())) # others, rounded otherwise, may be on one side of zero or on the other
     assert len(batch) > 400
@@ -113,19 +116,19 @@ def test_gates_learn_what_autograd_says(store, fresh, monkeypatch, id, limit):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * max(of_one_kind), msg=lambda m: f"{name}: {m}")
     for m in trainer._with("after_backward"): # what it is shown of the activations' gradient
         ours, theirs = found["f"].grad, expected["f"].grad
-        shown = trainer.sae.ungated(batch.x) > 0 if m.on_active else torch.ones_like(ours, dtype=torch.bool)
+        shown = trainer.sae.ungated(batch.x) > 0 if m.concerns == "active" else torch.ones_like(ours, dtype=torch.bool)
         torch.testing.assert_close(ours[shown], theirs[shown], rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("id", ["positional/4", "contrastive/2", "dual_objective/2"])
+@pytest.mark.parametrize("id", ["positional/1", "positional/4", "contrastive/3", "dual_objective/2"])
 def test_a_gated_training_is_the_same_either_way(store, fresh, id):
-    def curve(on_active):
+    def curve(by_hand):
         trainer = trainer_of(id, store, fresh(), steps=40, warmup=10, lr=1e-3, log_every=10)
-        if not on_active:
-            for m in trainer.mechanisms: m.on_active = False
+        if not by_hand:
+            for m in trainer.mechanisms: m.concerns = "all"
         trainer.fit(progress=False)
         return torch.tensor([line["loss"] for line in trainer.history])
-    torch.testing.assert_close(curve(True), curve(False), rtol=1e-4, atol=0)
+    torch.testing.assert_close(curve(True), curve(False), rtol=1e-3, atol=0) # what lies on the border of a choice may be chosen otherwise
 
 
 def test_a_gate_that_wakes_features_is_taken_at_its_word(store, fresh):

@@ -100,7 +100,7 @@ class ContrastiveGroups(Mechanism):
 # %% ../../nbs/08_contrastive.ipynb #79cd49ca
 class ImportantFeatures(Mechanism):
     "Silences features of little importance."
-    on_active = True
+    concerns = "active"
 
     def __init__(self, d_in, d_sae,
         activation: float, # share of the mean activation in a feature's importance

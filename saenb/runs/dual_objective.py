@@ -19,7 +19,7 @@ from ..train import Mechanism
 # %% ../../nbs/09_dual_objective.ipynb #a2d808d7
 class SideBlocks(Mechanism):
     "Keeps features sorted by how differently they act on the two sides, and lets the blocks rest that matter least."
-    on_active = True
+    concerns = "active"
 
     def __init__(self, d_in, d_sae,
         block: int = 32, # features that are decided on together
@@ -122,7 +122,7 @@ class Masked(torch.autograd.Function):
 
 class SideGates(Mechanism):
     "Gates for each side, mixed by a guess at each token's side; how much a feature belongs to either, [2, features], children say by `belonging`."
-    on_active = True
+    concerns = "active"
 
     def __init__(self, d_in, d_sae,
         both: float, # what features pay whose gate is wide open on both sides

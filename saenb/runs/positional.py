@@ -33,7 +33,7 @@ class Lookup(torch.autograd.Function):
 
 class PositionMask(Mechanism):
     "Lets each feature speak at some positions; children make `mask`, what passes at each position of each feature, [length, d_sae]."
-    on_active = True
+    concerns = "active"
 
     def __init__(self, d_in, d_sae,
         length: int = 128, # positions that the mask tells apart
@@ -64,6 +64,7 @@ class HardMask(PositionMask):
         super().__init__(d_in, d_sae, length, parts=parts, masked_gradient=masked_gradient)
         if not 2 <= parts <= min(length, d_sae): raise SaenbError(f"{length} positions and {d_sae} features cannot be split into {parts} parts; ask for at least 2, and no more than there are of either.")
         self.masked_gradient = masked_gradient
+        if masked_gradient: self.concerns = "passing"
         position, feature = (torch.arange(n) * parts // n for n in (length, d_sae))
         self.register_buffer("mask", (position[:, None] == feature).float())
 
@@ -209,7 +210,7 @@ class EvolvingMask(HybridMask):
 # %% ../../nbs/07_positional.ipynb #ffca6f51
 class FeatureRouter(Mechanism):
     "Heads that attend from tokens to groups of features, and let through what is attended to."
-    on_active = True
+    concerns = "active"
 
     def __init__(self, d_in, d_sae,
         heads: int = 8, # that attend
