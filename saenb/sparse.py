@@ -31,22 +31,21 @@ class Active:
     def __init__(self, f: torch.Tensor):
         self.shape = f.shape
         self.token, self.feature = f.nonzero(as_tuple=True)
-        self.value = f[self.token, self.feature]
-        self.order = self.feature.argsort(stable=True)
-        self.token_in_order, self.feature_in_order = self.token[self.order], self.feature[self.order]
+        order = self.feature.argsort(stable=True)
+        self.token_in_order, self.feature_in_order = self.token[order], self.feature[order]
         self.tokens, self.features = (which.bincount(minlength=count) for which, count in zip((self.token, self.feature), f.shape)) # entries of each
 
-    def of(self, values):
+    def of(self, matrix):
         "What a matrix [tokens, features] holds there, in the features' order."
-        return values[self.token_in_order, self.feature_in_order]
+        return matrix[self.token_in_order, self.feature_in_order]
 
     def spread(self, values):
         "A matrix [tokens, features] that holds this there, and is zero elsewhere."
         return values.new_zeros(self.shape).index_put_((self.token_in_order, self.feature_in_order), values)
 
-    def by_token(self, weights, table):
-        "A weighted sum of the features' rows for each token."
-        return weighted_sums(self.tokens.cumsum(0) - self.tokens, self.feature, weights, table)
+    def by_token(self, matrix, table):
+        "A sum of the features' rows for each token, weighted by what a matrix [tokens, features] holds there."
+        return weighted_sums(self.tokens.cumsum(0) - self.tokens, self.feature, matrix[self.token, self.feature], table)
 
     def by_feature(self, weights, table):
         "A weighted sum of the tokens' rows for each feature; the weights are in the features' order."
@@ -55,7 +54,7 @@ class Active:
     def products(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         "The inner products of each feature's row of a table with the rows of the tokens that it is active on, in the features' order."
         ends = torch.cat([self.features.new_zeros(1), self.features.cumsum(0)])
-        where = torch.sparse_csr_tensor(ends, self.token_in_order, torch.zeros_like(self.value), self.shape[::-1], check_invariants=False)
+        where = torch.sparse_csr_tensor(ends, self.token_in_order, rows.new_zeros(len(self.token)), self.shape[::-1], check_invariants=False)
         return torch.sparse.sampled_addmm(where, table, rows.T).values()
 
 # %% ../nbs/03_sparse.ipynb #5a2bbd4d
@@ -93,8 +92,8 @@ class Autoencode(torch.autograd.Function):
         return None, grad_enc, grad_bias, Decode.gradient(f, grad, active, dtype), grad_centre + grad.sum(0), None
 
 class Where:
-    "Where activations are not zero, which the first half of a step learns from its middle; `active` is None where they are too many."
-    def look(self, f, dtype): self.active = Active(f.detach()) if pays(f, dtype) else None
+    "Where activations are not zero once gates have spoken, which both halves are told; nowhere in particular (`active` is None) if there are many."
+    def look(self, f, dtype): self.active = Active(f) if pays(f, dtype) else None
 
 class Encode(torch.autograd.Function):
     "Its first half: activations."
@@ -133,8 +132,7 @@ class Decode(torch.autograd.Function):
     @staticmethod
     def sums(f, W_dec, b_dec, active, dtype):
         if not active: return f.sum(1, keepdim=True), product(f, W_dec, dtype).add_(b_dec)
-        values = f[active.token, active.feature]
-        return active.by_token(values, torch.ones(1, 1).expand(f.shape[1], 1)), active.by_token(values, W_dec.to(dtype)).float().add_(b_dec)
+        return active.by_token(f, torch.ones(1, 1).expand(f.shape[1], 1)), active.by_token(f, W_dec.to(dtype)).float().add_(b_dec)
 
     @staticmethod
     def inward(grad_sums, grad, W_dec, active, dtype):

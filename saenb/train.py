@@ -131,6 +131,7 @@ class Trainer:
         self.sae, self.store, self.cfg, self.out, self.watch = sae, store, cfg, Path(out) if out else None, watch
         self.steps, self.index, self.history, self.seconds = cfg.count(), 0, [], 0.0
         self.mechanisms = nn.ModuleList(mechanisms).to(sae.device)
+        for m in mechanisms: pick(m.concerns, ("all", "active", "passing"), f"kind of activations for {type(m).__name__} to concern")
         sae.gates = nn.ModuleList(m for m in mechanisms if m.gate)
         sae.cfg.gates = [dict(name=type(m).__name__, settings=m.settings) for m in sae.gates]
         if self.steps: store.check_batch(cfg.batch, cfg.balanced)

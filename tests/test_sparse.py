@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saenb import sparse
+from saenb.core import SaenbError
 from saenb.harvest import Batch
 from saenb.runs.base import Run
 from saenb.runs.table import RUNS
@@ -20,9 +21,10 @@ def test_sums_over_what_is_active_are_products(tokens, features, width, density,
     f = torch.rand(tokens, features, generator=draw) * (torch.rand(tokens, features, generator=draw) < density)
     W, g = torch.randn(features, width, generator=draw), torch.randn(tokens, width, generator=draw)
     active = Active(f)
-    torch.testing.assert_close(active.by_token(active.value, W), f @ W)
-    torch.testing.assert_close(active.by_feature(active.value[active.order], g), f.T @ g)
+    torch.testing.assert_close(active.by_token(f, W), f @ W)
+    torch.testing.assert_close(active.by_feature(active.of(f), g), f.T @ g)
     torch.testing.assert_close(active.products(W, g), (W @ g.T)[f.T > 0])
+    assert torch.equal(active.spread(active.of(f)), f)
     assert active.features.tolist() == (f > 0).sum(0).tolist() and active.tokens.tolist() == (f > 0).sum(1).tolist()
 
 
@@ -144,3 +146,10 @@ def test_a_gate_that_wakes_features_is_taken_at_its_word(store, fresh):
         assert (gate.added.grad != 0).all() # also where all of the batch is silent
         assert torch.equal(found["f"], sae.encode(next(store.batches(64)).x))
     finally: del MECHANISMS["Wakes"]
+
+
+def test_what_a_mechanism_concerns_is_one_of_three(store, fresh):
+    sae = fresh()
+    gate = make_mechanism("HardMask", {}, sae.cfg)
+    gate.concerns = "activ"
+    with pytest.raises(SaenbError, match="no kind of activations for HardMask to concern called 'activ'; did you mean active"): Trainer(sae, store, [gate])
