@@ -152,4 +152,4 @@ def test_what_a_mechanism_concerns_is_one_of_three(store, fresh):
     sae = fresh()
     gate = make_mechanism("HardMask", {}, sae.cfg)
     gate.concerns = "activ"
-    with pytest.raises(SaenbError, match="no kind of activations for HardMask to concern called 'activ'; did you mean active"): Trainer(sae, store, [gate])
+    with pytest.raises(SaenbError, match="no kind of activations for HardMask to concern called 'activ'; did you mean active"): Trainer(sae, store, [gate], TrainConfig(steps=1))
