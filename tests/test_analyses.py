@@ -55,7 +55,7 @@ class Slow(Mechanism):
 
 
 def test_a_slow_run_costs_more_and_the_baseline_costs_itself(store):
-    runs = [find_run("orthogonality/0"), Run("orthogonality/slow", "", "", (("Slow", dict(seconds=0.2)),)), Run("orthogonality/sometimes", "", "", (("Slow", dict(seconds=0.2, every=5)),))]
+    runs = [find_run("orthogonality/0"), Run("orthogonality/slow", "", "", (("Slow", dict(seconds=0.05)),)), Run("orthogonality/sometimes", "", "", (("Slow", dict(seconds=0.05, every=5)),))]
     found = step_cost(runs, store, d_sae=64, batch=256, steps=5, repeats=2)
     assert [len(v) for v in found.values()] == [2, 2, 2]
     plain, slow, sometimes = (sum(v) for v in found.values())
