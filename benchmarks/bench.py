@@ -18,14 +18,17 @@ from pathlib import Path
 
 import torch
 
-from saenb.analyses import step_cost
-from saenb.core import SaenbError, file_digest, need_room, pick, read_json, within, write_json, write_tensors
-from saenb.harvest import FORMAT, Batch, token_rows
-from saenb.runs.base import Run
-from saenb.runs.table import RUNS
-from saenb.sae import SAE, SAEConfig
-from saenb.train import Mechanism, TrainConfig
-from saenb.world import World
+from saenb.lab.analyses import step_cost
+from saenb.base.errors import SaenbError, lookup, check_range
+from saenb.base.files import file_digest, need_room, read_json, write_json, write_tensors
+from saenb.data.harvest import token_rows
+from saenb.data.store import FORMAT, Batch
+from saenb.ideas.run import Run
+from saenb.ideas.run import RUNS
+from saenb.sae.sae import SAE, SAEConfig
+from saenb.train.config import TrainConfig
+from saenb.train.mechanism import Mechanism
+from saenb.data.world import World
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE)) # however this file is run
@@ -407,8 +410,8 @@ def steps(bench: Bench):
 
 def main(args):
     makers = dict(training=training, harvest=harvests, store=store, evals=evals, steps=steps, growth=growth)
-    chosen = {name: pick(name, makers, "part") for name in args.parts.split(",")}
-    within("threads", args.threads, 1)
+    chosen = {name: lookup(name, makers, "part") for name in args.parts.split(",")}
+    check_range("threads", args.threads, 1)
     if args.device == "cuda":
         if not torch.cuda.is_available(): raise SaenbError("torch sees no GPU here; leave --device out, or install a torch that was built for it.")
         chosen = {name: chosen[name] for name in chosen if name in ("training", "growth")} # the other parts do not use it

@@ -16,13 +16,13 @@ import torch
 from parity import HERE, Theirs, environment, say, yes
 from safetensors.torch import load_file, save_file
 
-from saenb.core import SaenbError
-from saenb.evals.base import as_text, encoded
-from saenb.harvest import is_text, stream_at, token_rows
-from saenb.interchange import export
-from saenb.runs.table import RUNS
-from saenb.sae import SAE, SAEConfig, load_sae
-from saenb.world import World
+from saenb.base.errors import SaenbError
+from saenb.evals.evaluation import as_text, encoded
+from saenb.data.harvest import is_text, stream_at, token_rows
+from saenb.sae.formats.saelens import export
+from saenb.ideas.run import RUNS
+from saenb.sae.sae import SAE, SAEConfig, load_sae
+from saenb.data.world import World
 
 # A number here is a sum of up to 4,096 products in float32, whose rounding errors of 2^-24 add up to some 64 times that in the worst of random cases, 4e-6 of the largest value.
 # Folding adds a few roundings more; anything else that is done differently is orders of magnitude above.
@@ -77,7 +77,7 @@ def with_gates(d_in: int, d_sae: int) -> dict[str, SAE]:
         draw = torch.Generator().manual_seed(len(made))
         with torch.no_grad():
             for p in sae.parameters(): p.copy_(torch.randn(p.shape, generator=draw) / (1 if p.ndim < 2 else p.shape[0] ** 0.5))
-        if sae.gates[0].working is not None: sae.gates[0].working = d_sae // 2
+        if sae.gates[0].n_active is not None: sae.gates[0].n_active = d_sae // 2
         made[name] = sae
     return made
 

@@ -11,10 +11,13 @@ real = channel()
 
 import torch
 
-from saenb.harvest import Batch, Store, harvest, stream_at
-from saenb.sae import SAE, SAEConfig
-from saenb.sources import boot
-from saenb.train import LOGS_WIDTH, TrainConfig, Trainer
+from saenb.data.harvest import harvest, stream_at
+from saenb.data.store import Batch, Store
+from saenb.sae.sae import SAE, SAEConfig
+from saenb.data.sources import boot
+from saenb.sae.architectures import LOGS_WIDTH
+from saenb.train.config import TrainConfig
+from saenb.train.trainer import Trainer
 
 
 class Ready:

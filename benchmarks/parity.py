@@ -23,14 +23,16 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from saenb import lab
-from saenb.core import SaenbError, fingerprint, pick, write_text
+from saenb.base.errors import SaenbError, lookup
+from saenb.base.files import fingerprint, write_text
 from saenb.evals import sparse_probing, unlearning
-from saenb.evals.base import Readings, as_text
+from saenb.evals.evaluation import Readings, as_text
 from saenb.evals.controls import untrained
-from saenb.evals.unlearning import REFERENCE, Exam, UnlearningSetup, Usage, judge, settings_of, usage
-from saenb.presets import preset
-from saenb.sae import SAE, SAEConfig
-from saenb.world import World
+from saenb.evals.exam import REFERENCE, Exam, UnlearningSetup, FeatureStats, feature_stats
+from saenb.evals.unlearning import run_settings, settings_of
+from saenb.lab.preset_files import find_preset
+from saenb.sae.sae import SAE, SAEConfig
+from saenb.data.world import World
 
 HERE = Path(__file__).resolve().parent
 UNLEARNING = dict(dataset_size=1024, seq_len=128, random_seed=42)
@@ -65,13 +67,13 @@ def all_answers(exam: Exam, sae: SAE, theirs: list[list[int]] = ()) -> list[dict
     "Every setting's features and right answers, hopeless settings included; of features that are equally dense those that SAEBench chose, where it chose."
     exam = copy.copy(exam)
     exam.setup = replace(exam.setup, lowest_retain=0.0)
-    use = usage(exam, sae)
+    use = feature_stats(exam, sae)
     settings = settings_of(exam.setup.grid, use)
     for s in settings: s["features"], s["own"] = among_equals(s, use, theirs), s["features"]
-    return [row | dict(own=s["own"]) for row, s in zip(judge(exam, sae, settings, use)[0], settings)]
+    return [row | dict(own=s["own"]) for row, s in zip(run_settings(exam, sae, settings, use)[0], settings)]
 
 
-def among_equals(setting: dict, use: Usage, theirs: list[list[int]]) -> np.ndarray:
+def among_equals(setting: dict, use: FeatureStats, theirs: list[list[int]]) -> np.ndarray:
     "SAEBench's choice where it differs from ours in equally dense features alone: numpy sorts those in an order that changes with its version and the processor."
     def fits(features): return len(features) == len(setting["features"]) and (use.forget[features] == use.forget[setting["features"]]).all() and (use.retain[features] < setting["retain_threshold"]).all()
     choices = [np.array(features, int) for features in theirs if fits(features)]
@@ -228,7 +230,7 @@ def probing_setup(world: World, *datasets: str) -> sparse_probing.SparseProbingS
 
 def other_results(sae: SAE) -> dict:
     "Results of the evaluations whose shape alone is compared."
-    setting = preset("tiny")
+    setting = find_preset("tiny")
     return lab.judge(sae, setting, names=[name for name in ("core", "absorption") if name in setting.evals], out=lab.workspace())
 
 
@@ -244,8 +246,8 @@ def main(args) -> bool:
     torch.set_num_threads(args.threads)
     threadpool_limits(args.threads) # scikit-learn's and numpy's own threads
     world, made = World.default(), dictionaries()
-    chosen = {name: pick(name, made, "dictionary to compare") for name in args.dictionaries.split(",")}
-    comparisons = {name: pick(name, dict(unlearning=compare_unlearning, sparse_probing=compare_probing), "comparison") for name in args.evals.split(",")}
+    chosen = {name: lookup(name, made, "dictionary to compare") for name in args.dictionaries.split(",")}
+    comparisons = {name: lookup(name, dict(unlearning=compare_unlearning, sparse_probing=compare_probing), "comparison") for name in args.evals.split(",")}
     python = environment(Path(args.env).absolute())
     say(f"Making {', '.join(chosen)}")
     saes, model = {name: make() for name, make in chosen.items()}, world.model()

@@ -4,9 +4,10 @@ from statistics import median, quantiles
 
 from matplotlib.figure import Figure
 
-from saenb.analyses import YOUNG
-from saenb.core import SaenbError, read_json, write_text
-from saenb.plots import keep
+from saenb.lab.analyses import YOUNG
+from saenb.base.errors import SaenbError
+from saenb.base.files import read_json, write_text
+from saenb.report.plots import keep
 
 PARTS = ("training", "harvest", "store", "evals", "steps", "growth")
 OUR_HARVEST, THEIR_HARVESTS = "saenb's harvest", ("SAELens' CacheActivationsRunner", "SAELens' ActivationsStore")

@@ -9,16 +9,16 @@ import sys
 import torch
 from bench import Stream
 
-from saenb.analyses import step_cost
-from saenb.core import SaenbError, pick
-from saenb.evals.base import as_text
-from saenb.runs.base import EXPERIMENTS
-from saenb.runs.table import RUNS
+from saenb.lab.analyses import step_cost
+from saenb.base.errors import SaenbError, lookup
+from saenb.evals.evaluation import as_text
+from saenb.ideas.run import EXPERIMENTS
+from saenb.ideas.run import RUNS
 
 
 def main(args):
     if args.threads: torch.set_num_threads(args.threads)
-    pick(args.experiment, EXPERIMENTS, "experiment")
+    lookup(args.experiment, EXPERIMENTS, "experiment")
     stream, rows = Stream(args.d_in, args.batch), []
     for run in (r for r in RUNS.values() if r.experiment == args.experiment):
         ratios = step_cost([run], stream, args.d_sae, args.batch, args.steps, args.repeats)[run.id]

@@ -1,10 +1,21 @@
 """A literate laboratory for sparse autoencoders and unlearning."""
+from saenb.load import lazily
+
 __version__ = "0.1.0"
 
-
-def __getattr__(name):
-    "Import what needs torch only when it is asked for, so that the command line answers at once."
-    if name == "load_sae":
-        from saenb.sae import load_sae
-        return load_sae
-    raise AttributeError(f"module 'saenb' has no attribute {name!r}")
+__getattr__, __dir__ = lazily(__name__, {
+    "saenb.lab.runner": ("run",),
+    "saenb.lab.reproduction": ("reproduce",),
+    "saenb.lab.presets": ("Preset",),
+    "saenb.ideas.run": ("Experiment", "Run"),
+    "saenb.train.mechanism": ("Mechanism",),
+    "saenb.train.trainer": ("Trainer",),
+    "saenb.train.config": ("TrainConfig",),
+    "saenb.sae.architectures": ("Architecture",),
+    "saenb.sae.sae": ("load_sae",),
+    "saenb.evals.evaluation": ("Evaluation",),
+    "saenb.evals.interventions.intervention": ("Intervention",),
+    "saenb.data.store": ("Store",),
+    "saenb.data.harvest": ("harvest",),
+    "saenb.data.world": ("World",),
+})

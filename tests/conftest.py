@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def world():
-    from saenb.world import World
+    from saenb.data.world import World
     return World.default()
 
 
@@ -36,7 +36,7 @@ def model(world):
 
 @pytest.fixture(scope="session")
 def store(world, model, tmp_path_factory):
-    from saenb.harvest import harvest
+    from saenb.data.harvest import harvest
     return harvest(model, world.texts("train", 900), world.layer, tmp_path_factory.mktemp("store"), shard_bytes=2**22)
 
 
@@ -63,13 +63,13 @@ def once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def baseline_made(once):
     """A folder with the embedded world's store, its list of known questions, and the record of a baseline, which many notebooks show."""
-    from saenb.lab import run
+    from saenb.lab.runner import run
     return once("baseline", lambda draft: run("orthogonality/0", out=draft, progress=False))
 
 
 def small_world(folder):
     """The embedded world with a third of its questions and texts, in a folder whose name serves as a preset's; whatever is made with it goes where the whole world's would go."""
-    from saenb.world import World
+    from saenb.data.world import World
 
     def copy(source, target):
         if Path(source).suffix == ".jsonl":
@@ -91,14 +91,14 @@ def small(once):
 @pytest.fixture(scope="session")
 def setting(small):
     """The small world's preset."""
-    from saenb.presets import preset
-    return preset(small)
+    from saenb.lab.preset_files import find_preset
+    return find_preset(small)
 
 
 @pytest.fixture(scope="session")
 def harvested(once, setting):
     """A folder of records that has none yet, but the small world's store and the list of known questions; to be copied or linked to, and left as it is."""
-    from saenb.lab import exam_of, store_of
+    from saenb.lab.runner import exam_of, store_of
 
     def fill(folder):
         store_of(setting, folder)
@@ -119,14 +119,14 @@ def work(harvested, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exam(world, model, setting, harvested):
-    from saenb.evals.unlearning import Exam
+    from saenb.evals.exam import Exam
     return Exam(model, setting.unlearning, world.layer, cache=harvested/"tiny"/"cache")
 
 
 @pytest.fixture(scope="session")
 def fresh(store):
     """Make dictionaries that are ready to train."""
-    from saenb.sae import SAE, SAEConfig
+    from saenb.sae.sae import SAE, SAEConfig
 
     def make(seed=0, d_sae=256):
         cfg = SAEConfig(d_in=store.d_in, d_sae=d_sae, hook_name=store.hook_name, hook_layer=store.layer, model_name="tiny world")
@@ -136,15 +136,16 @@ def fresh(store):
 
 @pytest.fixture(scope="session")
 def trained(store, fresh):
-    from saenb.train import TrainConfig, Trainer
+    from saenb.train.config import TrainConfig
+    from saenb.train.trainer import Trainer
     return Trainer(fresh(d_sae=512), store, cfg=TrainConfig(steps=800, lr=1e-3)).fit(progress=False)
 
 
 @pytest.fixture(scope="module")
 def train(request, store, fresh):
     """A short training with some mechanisms, from the same start and of the module's LENGTH; made once for the same settings."""
-    from saenb.sae import make_mechanism
-    from saenb.train import Trainer
+    from saenb.sae.gates import make_mechanism
+    from saenb.train.trainer import Trainer
     made = {}
 
     def run(mechanisms=(), length=request.module.LENGTH):
@@ -170,7 +171,8 @@ def browser():
 @pytest.fixture
 def ends_the_same(store, tmp_path):
     """Check that a dictionary and its mechanisms, stopped between two checkpoints and resumed, end with the bytes of an unbroken training."""
-    from saenb.train import TrainConfig, Trainer
+    from saenb.train.config import TrainConfig
+    from saenb.train.trainer import Trainer
 
     class Stop(Exception): pass
 

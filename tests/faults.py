@@ -66,8 +66,8 @@ class Lab:
         """The command line, in a process of its own or, which is quicker, in this one."""
         if self.processes: return self.end(self.start(*arguments))
         from saenb.cli import main
-        from saenb.core import say
-        say.cache_clear()
+        from saenb.base.errors import warn_once
+        warn_once.cache_clear()
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try: code = main([*map(str, arguments)])
@@ -173,7 +173,7 @@ def by_step(lab, out):
     """The same, to the end."""
     if lab.processes: assert lab.end(lab.start(lab.world, out, code=BY_STEP)).code == 0
     else:
-        from saenb.lab import run
+        from saenb.lab.runner import run
         run("orthogonality/0", lab.world, out=out, steps=60, change=dict(checkpoint_every=20, log_every=5), progress=False)
 
 
@@ -356,9 +356,9 @@ def flip(path, at=-3):
 
 def begun(lab, out, spoil):
     """A training stopped between its last checkpoint and its end, of which a file is spoiled."""
-    from saenb.lab import _plan, _train
-    plan = _plan("orthogonality/0", lab.world, 0, out, STEPS)
-    from saenb.core import write_json
+    from saenb.lab.runner import plan_record, _train
+    plan = plan_record("orthogonality/0", lab.world, 0, out, STEPS)
+    from saenb.base.files import write_json
     write_json(plan.record.path/"config.json", plan.config)
     _train(plan, out, False)
     shutil.rmtree(plan.record.path/"sae")
@@ -480,7 +480,7 @@ def prepared(folder):
     """A small world and a finished record, where there is no pytest to make them."""
     sys.path.insert(0, str(Path(__file__).parent))
     from conftest import small_world
-    from saenb.lab import run
+    from saenb.lab.runner import run
     world = small_world(folder/"small")
     run("orthogonality/0", str(world), out=folder/"made", steps=STEPS, progress=False)
     return world, folder/"made"

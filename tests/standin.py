@@ -65,8 +65,8 @@ def write_questions(hub: Path, draw: random.Random):
 
 def write_probing_sets(hub: Path, draw: random.Random):
     from datasets import Features, Translation, Value
-    from saenb.evals.sparse_probing import SETS
-    from saenb.tasks import CATEGORIES, LANGUAGES, PAIRS, PROFESSIONS
+    from saenb.evals.probing_texts import SETS
+    from saenb.data.world_tasks import CATEGORIES, LANGUAGES, PAIRS, PROFESSIONS
     def texts(number, count):
         "Texts of a class, which has words of its own."
         return (prose(draw, WORDS[number::29], 3) for _ in range(count))
@@ -103,11 +103,11 @@ def teach(model, tokenizer, hub: Path, blocks: int = 3):
     import itertools
     import torch
     torch.set_num_threads(1) # for products as small as these, several threads mostly wait for each other
-    from saenb.evals.unlearning import LETTERS, question_prompt
-    from saenb.presets import preset
-    from saenb.sources import QuestionSource
+    from saenb.data.questions import LETTERS, question_prompt
+    from saenb.lab.preset_files import find_preset
+    from saenb.data.sources import QuestionSource
     prompts, answers = [], []
-    for source in preset("gemma-2-2b").unlearning.questions:
+    for source in find_preset("gemma-2-2b").unlearning.questions:
         local = QuestionSource(source.subject, str(hub/source.path))
         for row, order in itertools.product(local.load(), itertools.permutations(range(4))):
             prompts.append(question_prompt(local.spoken, row["question"], [row["choices"][i] for i in order]))
@@ -138,7 +138,7 @@ def teach(model, tokenizer, hub: Path, blocks: int = 3):
 def write_models(hub: Path, draw: random.Random):
     import torch
     from transformers import Gemma2Config, Gemma2ForCausalLM
-    from saenb.world import CHAT
+    from saenb.data.world_model import CHAT
     letters = [f" {letter} {letter}. ({letter})" for letter in "ABCD"] * 400
     tokenizer = make_tokenizer([prose(draw) for _ in range(300)] + [f" {w}" for w in WORDS] * 60 + letters + ["user\nmodel\nAnswer: (", " has the first letter:"] * 60)
     for name, chat in (("gemma-2-2b", None), ("gemma-2-2b-it", CHAT)):

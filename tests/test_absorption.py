@@ -10,15 +10,16 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from saenb.core import SaenbError
-from saenb.evals.absorption import (AbsorptionSetup, Features, Probes, Words, absorption, evaluate, f1, first_letters, ground_truth, headline, judge,
-                                    labelled_words, mean_interval, plot, probes_of, rank_features, read_words, split_features, table, train_probes, words_of)
-from saenb.evals.base import Readings, as_text
+from saenb.base.errors import SaenbError
+from saenb.evals.absorption import Features, absorption, evaluate, headline, measure_absorption, mean_interval, plot, rank_features, split_features, table
+from saenb.evals.class_words import AbsorptionSetup, Probes, Words, f1, first_letters, ground_truth, labelled_words, probes_of, read_words, train_probes, words_of
+from saenb.evals.evaluation import Readings, as_text
 from saenb.evals.controls import as_logged, untrained
-from saenb.sae import SAE, SAEConfig
-from saenb.tasks import class_words
-from saenb.train import TrainConfig, Trainer
-from saenb.world import Writer, write_rows
+from saenb.sae.sae import SAE, SAEConfig
+from saenb.data.world_tasks import class_words
+from saenb.train.config import TrainConfig
+from saenb.train.trainer import Trainer
+from saenb.data.facts import Writer, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_planted_absorption_is_found_in_proportion(synthetic):
     found = []
     for share in (0, 0.25, 0.5, 0.75, 1):
         sae, single = planted(synthetic, share)
-        result = judge(sae, words, probes, SYNTHETIC)
+        result = measure_absorption(sae, words, probes, SYNTHETIC)
         assert all(c["features"] == [i] for i, c in enumerate(result["classes"]))
         found.append({name: value for name, (value, _, _) in result["means"].items()})
         assert found[-1]["full_absorption"] == pytest.approx(share, abs=0.07) == found[-1]["absorption_fraction"]
@@ -167,7 +168,7 @@ def test_the_length_of_decoder_rows_does_not_matter(synthetic):
         other.b_dec.copy_(sae.b_dec), other.W_dec.copy_(sae.W_dec * length[:, None])
         other.W_enc.copy_(sae.W_enc / length), other.b_enc.copy_(sae.b_enc / length)
     torch.testing.assert_close(Features(sae, words)(torch.arange(5)), Features(other, words)(torch.arange(5)))
-    means, same = (judge(each, words, probes, SYNTHETIC)["means"] for each in (sae, other))
+    means, same = (measure_absorption(each, words, probes, SYNTHETIC)["means"] for each in (sae, other))
     for name in ("absorption_fraction", "full_absorption"): assert same[name] == pytest.approx(means[name], abs=1e-5)
 
 
@@ -185,11 +186,11 @@ def test_counting_from_the_bias_forgets_a_shift(synthetic):
     """A stream and a bias that are moved together leave our own measure alone."""
     words, probes, _ = synthetic
     sae, _ = planted(synthetic, 0.5)
-    base = judge(sae, words, probes, SYNTHETIC)["means"]
+    base = measure_absorption(sae, words, probes, SYNTHETIC)["means"]
     assert base["fraction_from_bias"] == base["absorption_fraction"] and base["full_from_bias"] == base["full_absorption"]
     shift = 6 * probes.direction.sum(0)
     with torch.no_grad(): sae.b_dec.copy_(shift)
-    moved = judge(sae, replace(words, x=words.x + shift), probes, SYNTHETIC)["means"]
+    moved = measure_absorption(sae, replace(words, x=words.x + shift), probes, SYNTHETIC)["means"]
     assert moved["fraction_from_bias"] == pytest.approx(base["fraction_from_bias"], abs=1e-4)
     assert moved["absorption_fraction"][0] < base["absorption_fraction"][0] - 0.2
 

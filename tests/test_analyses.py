@@ -5,13 +5,20 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from saenb.analyses import chosen_pairs, matching, pairs_between_seeds, specialisation_along, step_cost, told_of_position
-from saenb.lab import analyse, run
-from saenb.pairs import coactivation, jaccard, pair_count, strongest
-from saenb.runs.base import Run
-from saenb.runs.table import find_run
-from saenb.sae import MECHANISMS, SAE, SAEConfig
-from saenb.train import Mechanism, TrainConfig, Trainer
+from saenb.lab.analyses import step_cost
+from saenb.report.experiments.orthogonality_report import chosen_pairs, matching, pairs_between_seeds
+from saenb.report.experiments.positional_report import specialisation_along, told_of_position
+from saenb.lab.analyses import analyse
+from saenb.lab.runner import run
+from saenb.ideas.pairs import jaccard, pair_count, strongest
+from saenb.sae.coactivation import coactivation
+from saenb.ideas.run import Run
+from saenb.ideas.run import find_run
+from saenb.sae.gates import MECHANISMS
+from saenb.sae.sae import SAE, SAEConfig
+from saenb.train.config import TrainConfig
+from saenb.train.mechanism import Mechanism
+from saenb.train.trainer import Trainer
 
 
 def reordered(sae, order):
@@ -71,7 +78,7 @@ def records(work, small):
 
 
 def test_seeds_agree_as_far_as_features_match(records, setting):
-    from saenb.lab import store_of
+    from saenb.lab.runner import store_of
     out, made = records
     store = store_of(setting, out)
     found = pairs_between_seeds(made, store)
@@ -96,7 +103,7 @@ def test_the_lab_keeps_analyses_and_makes_what_is_missing(records, small):
 
 @pytest.fixture(scope="module")
 def asked(setting):
-    from saenb.lab import readings_of
+    from saenb.lab.runner import readings_of
     return setting.evals["positional"], readings_of(setting, "positional")
 
 
@@ -110,7 +117,7 @@ def test_hard_masks_tell_of_position_from_the_start_and_retain_it(store, asked):
 
 def test_what_is_looked_at_on_the_way_is_the_training_itself(store, asked):
     """The last look is at the dictionary that a training without looks ends with."""
-    from saenb.sae import make_mechanism
+    from saenb.sae.gates import make_mechanism
     training, run = TrainConfig(steps=30, warmup=5, batch=512), find_run("positional/2")
     along = specialisation_along(run, store, 64, training, *asked, shares=(0, 0.5, 1))
     sae = SAE(SAEConfig(d_in=store.d_in, d_sae=64, hook_layer=store.layer)).initialise(store.rows(0, 2**15).x, training.seed)

@@ -4,7 +4,7 @@ import torch
 
 from saenb.evals.autopsy import autopsy, weights_finding
 from saenb.evals.controls import as_logged, principal_components, untrained
-from saenb.sae import SAE
+from saenb.sae.sae import SAE
 
 
 def reason(exam, sae, **setup):

@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from saenb.cli import main
-from saenb.core import SaenbError
-from saenb.evals.table import EVALS
-from saenb.preset_files import preset_from
-from saenb.presets import PRESETS
-from saenb.runs.base import EXPERIMENTS
-from saenb.runs.table import RUNS
+from saenb.base.errors import SaenbError
+from saenb.evals.evaluation import EVALS
+from saenb.lab.preset_files import preset_from
+from saenb.lab.presets import PRESETS
+from saenb.ideas.run import experiments as all_experiments
+from saenb.ideas.run import all_runs
 
 tried = Counter()
 deterministic = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much])
@@ -42,7 +42,7 @@ number = st.sampled_from(["-1", "1.5", "1e3", "nan", "inf", "½", "٣٤x", "0x10
 @deterministic
 @given(id=name)
 def test_ids_of_runs(id, tmp_path, monkeypatch):
-    assume(id not in RUNS)
+    assume(id not in all_runs())
     refused(["run", id], tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
@@ -76,7 +76,7 @@ def test_dictionaries_and_evaluations(asked, evals, tmp_path, monkeypatch):
 @deterministic
 @given(experiments=st.lists(name, min_size=1, max_size=3), unknown=word)
 def test_experiments_and_commands(experiments, unknown, tmp_path, monkeypatch):
-    assume(not set(experiments) <= set(EXPERIMENTS))
+    assume(not set(experiments) <= set(all_experiments()))
     refused(["reproduce", *experiments], tmp_path, monkeypatch)
     refused(["compare", *experiments], tmp_path, monkeypatch)
     refused(["figures", "--preset", experiments[0]], tmp_path, monkeypatch)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from saenb.evals.beginnings import SHARING, Trie, beginnings, logits_at_ends, replaced, shares
-from saenb.sources import boot
+from saenb.data.shared_prefixes import SHARING, Trie, prefix_ids, final_logits, replaced, supports_prefix_sharing
+from saenb.data.sources import boot
 
 token_rows = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=30)
 DEPTH = 3
@@ -16,19 +16,19 @@ DEPTH = 3
 @given(token_rows)
 def test_names_are_equal_where_beginnings_are(rows):
     named = {}
-    for row, names in zip(rows, beginnings([torch.tensor(r) for r in rows])):
+    for row, names in zip(rows, prefix_ids([torch.tensor(r) for r in rows])):
         assert len(names) == len(row)
         for place, name in enumerate(names.tolist()): named.setdefault(name, set()).add(tuple(row[:place + 1]))
     assert all(len(prefixes) == 1 for prefixes in named.values())
     assert len(named) == len({tuple(row[:n + 1]) for row in rows for n in range(len(row))})
 
 
-def test_there_may_be_no_rows(): assert beginnings([]) == [] # of a model that knows no question
+def test_there_may_be_no_rows(): assert prefix_ids([]) == [] # of a model that knows no question
 
 
 @given(token_rows)
 def test_a_trie_holds_every_sequence_and_asks_for_every_node_once(rows):
-    trie = Trie(beginnings([torch.tensor(r) for r in rows]))
+    trie = Trie(prefix_ids([torch.tensor(r) for r in rows]))
     spelled = [rows[s][p] for s, p in zip(trie.sequence.tolist(), trie.place.tolist())]
     for i, row in enumerate(rows):
         path = trie.path[i, :len(row)]
@@ -64,24 +64,24 @@ def rows():
 
 def test_every_architecture_reads_a_trie_as_it_reads_whole_sequences(pair, rows):
     model, plain = pair
-    assert shares(model) == (plain.config.model_type != "gpt2")
-    trie = Trie(beginnings(rows))
+    assert supports_prefix_sharing(model) == (plain.config.model_type != "gpt2")
+    trie = Trie(prefix_ids(rows))
     tokens = torch.stack([rows[s][p] for s, p in zip(trie.sequence, trie.place)])
     with torch.no_grad(): outs = [plain(row[None], output_hidden_states=True) for row in rows]
     wanted = torch.stack([o.logits[0, -1] for o in outs])
     assert wanted.std() > 0.1
-    torch.testing.assert_close(logits_at_ends(model, trie, tokens), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(final_logits(model, trie, tokens), wanted, rtol=1e-4, atol=1e-4)
     for entered in range(1, DEPTH): # hidden_states[i] is what enters block i
         stream = torch.stack([outs[s].hidden_states[entered][0, p] for s, p in zip(trie.sequence, trie.place)])
-        torch.testing.assert_close(logits_at_ends(model, trie, stream, entered), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(final_logits(model, trie, stream, entered), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_is_itself_again_afterwards(pair, rows):
     """Also when something went wrong on the way."""
     model, plain = pair
     before = model.original_model.config._attn_implementation
-    trie = Trie(beginnings(rows))
-    with pytest.raises(Exception): logits_at_ends(model, trie, torch.zeros(len(trie), 31), 1)
+    trie = Trie(prefix_ids(rows))
+    with pytest.raises(Exception): final_logits(model, trie, torch.zeros(len(trie), 31), 1)
     assert model.original_model.config._attn_implementation == before
     assert not any("forward" in module.__dict__ for module in model.modules())
     with torch.no_grad(): torch.testing.assert_close(model(rows[0][None], return_type="logits"), plain(rows[0][None]).logits, rtol=1e-4, atol=1e-4)
@@ -95,7 +95,7 @@ def test_each_beginning_is_read_once(model, exam):
         whole = model.blocks[block].mlp.forward
         return lambda x, *args, **kwargs: (seen.update({block: tuple(x.shape)}), whole(x, *args, **kwargs))[1]
     with replaced({model.blocks[b].mlp: watched(b) for b in (1, 3)}):
-        logits_at_ends(model, trie, exam.stream[exam.starts[trie.sequence] + trie.place], 1)
+        final_logits(model, trie, exam.stream[exam.starts[trie.sequence] + trie.place], 1)
     different = {tuple(t[:n + 1].tolist()) for t in exam.tokens for n in range(len(t))}
     assert seen == {1: (1, len(different), model.cfg.d_model), 3: (1, len(exam.tokens), model.cfg.d_model)}
     assert len(different) < 0.7 * len(exam.stream)
@@ -104,12 +104,12 @@ def test_each_beginning_is_read_once(model, exam):
 def test_weights_in_half_precision(world, rows):
     """To within what bfloat16 keeps."""
     model = boot(world.path/"model", dtype="bfloat16")
-    trie = Trie(beginnings(rows))
-    found = logits_at_ends(model, trie, torch.stack([rows[s][p] for s, p in zip(trie.sequence, trie.place)]))
+    trie = Trie(prefix_ids(rows))
+    found = final_logits(model, trie, torch.stack([rows[s][p] for s, p in zip(trie.sequence, trie.place)]))
     with torch.no_grad():
         wanted = torch.stack([model.original_model(row[None]).logits[0, -1] for row in rows])
         entered = torch.cat([model.original_model(row[None], output_hidden_states=True).hidden_states[2][0] for row in rows])
     starts = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     stream = entered.float()[starts[trie.sequence] + trie.place] # as dictionaries hand it on
     assert found.dtype == torch.bfloat16 and (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
-    assert (logits_at_ends(model, trie, stream, 2) - wanted).abs().mean() < 0.02 * wanted.abs().mean()
+    assert (final_logits(model, trie, stream, 2) - wanted).abs().mean() < 0.02 * wanted.abs().mean()

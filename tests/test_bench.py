@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from saenb.core import SaenbError
-from saenb.sae import SAE, SAEConfig
-from saenb.train import LOGS_WIDTH, reconstruction_loss, sparsity_loss
+from saenb.base.errors import SaenbError
+from saenb.sae.sae import SAE, SAEConfig
+from saenb.sae.architectures import LOGS_WIDTH, sparsity_loss
+from saenb.train.config import reconstruction_loss
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT/"benchmarks"

@@ -75,11 +75,11 @@ def test_the_grammar_does_without_torch():
 
 
 def test_every_run_is_listed(saenb):
-    from saenb.runs.table import RUNS
+    from saenb.ideas.run import all_runs
     lines = saenb("runs").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == list(RUNS)
-    assert all(run.title in line for run, line in zip(RUNS.values(), lines))
-    assert json.loads(saenb("runs", "--json").stdout) == json.loads(json.dumps([run.as_dict() for run in RUNS.values()]))
+    assert [line.split()[0] for line in lines] == list(all_runs())
+    assert all(run.title in line for run, line in zip(all_runs().values(), lines))
+    assert json.loads(saenb("runs", "--json").stdout) == json.loads(json.dumps([run.as_dict() for run in all_runs().values()]))
 
 
 def test_a_run_prints_its_record(saenb, first, small):
@@ -130,7 +130,7 @@ def test_a_records_dictionary_is_judged_into_the_record(saenb, first, small):
 
 def test_another_dictionary_in_the_same_folder_is_judged_anew(saenb, first, sae, small):
     from saenb.evals.controls import as_logged
-    from saenb.sae import load_sae
+    from saenb.sae.sae import load_sae
     before = json.loads(saenb("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
     other = as_logged(load_sae(sae).cfg)
     other.save(sae)
@@ -206,7 +206,7 @@ def test_a_world_is_not_built_over_another(saenb, one_sentence, world):
 
 
 def test_a_dictionary_of_another_width(saenb, one_sentence, first, tmp_path, small):
-    from saenb.sae import SAE, SAEConfig
+    from saenb.sae.sae import SAE, SAEConfig
     SAE(SAEConfig(d_in=64, d_sae=8)).save(tmp_path/"narrow")
     one_sentence(saenb("eval", tmp_path/"narrow", "--preset", small, "--out", first[0]), "width 64", "192 wide")
     assert not (tmp_path/"narrow"/"evals").exists()

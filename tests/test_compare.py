@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from saenb.compare import as_html, as_markdown, as_table, compare, differences, records_under, verdicts, write_comparison
-from saenb.core import SaenbError, write_json
+from saenb.report.compare import as_html, as_markdown, as_table, compare, differences, records_under, verdicts, write_comparison
+from saenb.base.errors import SaenbError
+from saenb.base.files import write_json
 
 SCORES = {"orthogonality/0": [0.10, 0.20, 0.12], "orthogonality/1": [0.31, 0.38, 0.35], "orthogonality/2": [0.05, 0.30, 0.11]}
 

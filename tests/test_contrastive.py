@@ -3,14 +3,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from saenb.core import SaenbError
-from saenb.groups import sizes
-from saenb.pairs import coactivation, correlation
-from saenb.runs.contrastive import contrast, diversity, separation
-from saenb.runs.table import find_run
-from saenb.sae import load_sae, make_mechanism
-from saenb.sides import divergence, shares, side_information
-from saenb.train import TrainConfig, Trainer, reconstruction_loss, sparsity_loss
+from saenb.base.errors import SaenbError
+from saenb.ideas.clusters import sizes
+from saenb.sae.coactivation import coactivation, correlation
+from saenb.ideas.contrastive import contrast, diversity, separation
+from saenb.ideas.run import find_run
+from saenb.sae.gates import make_mechanism
+from saenb.sae.sae import load_sae
+from saenb.ideas.sides import divergence, shares, side_information
+from saenb.sae.architectures import sparsity_loss
+from saenb.train.config import TrainConfig, reconstruction_loss
+from saenb.train.trainer import Trainer
 
 TABLE = { # as the log has them
     1: dict(ContrastiveGroups=dict(weight=0.1, percentile=75, every=100)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saenb import core
-from saenb.core import SaenbError
+from saenb.base.errors import SaenbError
 
 
 def test_pick_offers_the_nearest_names():

@@ -13,16 +13,21 @@ import torch
 
 from conftest import ROOT
 from saenb.cli import main
-from saenb.core import SaenbError, read_tensors
-from saenb.distributed import FeatureSAE, Ranks, TokenTrainer, train
-from saenb.sae import SAE, SAEConfig, load_sae
-from saenb.train import CHECKPOINT, LOG, TrainConfig, Trainer, read_log
+from saenb.base.errors import SaenbError
+from saenb.base.files import read_tensors
+from saenb.lab.training import train
+from saenb.train.distributed import FeatureSAE, Ranks, TokenTrainer
+from saenb.sae.sae import SAE, SAEConfig, load_sae
+from saenb.train.config import TrainConfig
+from saenb.train.checkpoint import CHECKPOINT, LOG, read_log
+from saenb.train.trainer import Trainer
 
 RUNS = ("orthogonality/4", "positional/10", "contrastive/3", "dual_objective/5", "dual_objective/0")
 LENGTH = dict(steps=60, batch=256, d_sae=128, warmup=10, log_every=5)
 SCRIPT = """
 import sys, torch
-from saenb.distributed import ranks, trainer
+from saenb.lab.training import trainer
+from saenb.train.distributed import ranks
 store, out, runs, length = sys.argv[1], sys.argv[2], sys.argv[3].split(","), eval(sys.argv[4])
 with ranks() as here:
     for run in runs:
@@ -62,7 +67,7 @@ def torchrun(*arguments, start=subprocess.run, **options):
     return start(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def knobs(**options): return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+def params(**options): return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
 def alike(one, two, tolerance=1e-4):
@@ -114,7 +119,7 @@ COMMAND = dict(steps=400, batch=256, d_sae=128, checkpoint_every=50, seed=3)
 
 
 def test_a_process_is_killed_and_the_same_command_goes_on(store, baseline, tmp_path):
-    command = ["-m", "saenb", "train", store.path, tmp_path, *knobs(**COMMAND), "--shard"]
+    command = ["-m", "saenb", "train", store.path, tmp_path, *params(**COMMAND), "--shard"]
     first = torchrun(*command, start=subprocess.Popen)
     try:
         deadline = time.time() + 120
@@ -151,7 +156,7 @@ def test_one_process_goes_on_where_two_were(store, made, tmp_path):
 
 
 def test_the_command_makes_what_a_trainer_makes(store, baseline, capsys, tmp_path):
-    assert main(["train", str(store.path), str(tmp_path), *knobs(**COMMAND), "--json"]) == 0
+    assert main(["train", str(store.path), str(tmp_path), *params(**COMMAND), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["training_steps"] == 400 and answer["processes"] == 1 and answer["dictionary"] == str(tmp_path/"sae")
     sae = SAE(SAEConfig(d_in=store.d_in, d_sae=128)).initialise(store.rows(0, 2**15).x, 3)

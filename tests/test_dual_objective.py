@@ -3,13 +3,16 @@ import numpy as np
 import pytest
 import torch
 
-from saenb.core import SaenbError
-from saenb.evals.unlearning import usage
-from saenb.runs.dual_objective import SideAttention, SideBlocks
-from saenb.runs.table import find_run
-from saenb.sae import load_sae, make_mechanism
-from saenb.sides import by_side
-from saenb.train import Mechanism, TrainConfig, Trainer
+from saenb.base.errors import SaenbError
+from saenb.evals.exam import feature_stats
+from saenb.ideas.dual_objective import SideAttention, SideBlocks
+from saenb.ideas.run import find_run
+from saenb.sae.gates import make_mechanism
+from saenb.sae.sae import load_sae
+from saenb.ideas.sides import by_side
+from saenb.train.config import TrainConfig
+from saenb.train.mechanism import Mechanism
+from saenb.train.trainer import Trainer
 
 TABLE = { # what the log gives, and the spec for what it left out
     1: dict(SideBlocks=dict(block=32)),
@@ -68,7 +71,7 @@ def test_sorting_alone_changes_nothing_but_places(train):
 def test_the_least_important_blocks_rest(number, train, unseen):
     trainer = train(mechanisms_of(number, SideBlocks=dict(threshold=1e9))) # all are below it, so as many as may
     blocks, sae = part(trainer, "SideBlocks"), trainer.sae
-    assert sae.working == blocks.working == 192 and trainer.history[-1]["SideBlocks.resting"] == 0.25
+    assert sae.n_active == blocks.n_active == 192 and trainer.history[-1]["SideBlocks.resting"] == 0.25
     f = sae.encode(unseen.x.float())
     assert (f[:, 192:] == 0).all() and (f[:, :192] > 0).any(0).float().mean() > 0.9
     importance = blocks.importance()
@@ -77,12 +80,12 @@ def test_the_least_important_blocks_rest(number, train, unseen):
 
 
 def test_a_block_that_is_important_enough_stays_at_work(train):
-    assert train(mechanisms_of(1, SideBlocks=dict(threshold=0.0))).sae.working == 256
+    assert train(mechanisms_of(1, SideBlocks=dict(threshold=0.0))).sae.n_active == 256
     some = train(mechanisms_of(1, SideBlocks=dict(threshold=2e-3, rest=0.9)))
     blocks = part(some, "SideBlocks")
-    assert 32 <= some.sae.working < 256
+    assert 32 <= some.sae.n_active < 256
     low = blocks.importance().view(-1, 32).mean(1) < 2e-3
-    assert abs(int(low.sum()) * 32 - (256 - some.sae.working)) <= 32 # as decided, but for what has changed since
+    assert abs(int(low.sum()) * 32 - (256 - some.sae.n_active)) <= 32 # as decided, but for what has changed since
 
 
 def test_nothing_is_decided_once_the_learning_rate_falls(fresh, store):
@@ -106,7 +109,7 @@ def test_the_threshold_follows_the_distribution(fresh):
             blocks.importance = lambda labels: scale * values
             blocks.decide(trainer := Sorted())
             assert torch.equal(values[trainer.order], values.sort(descending=True).values)
-            found[name, scale] = blocks.working
+            found[name, scale] = blocks.n_active
     assert found["fixed", 1] < found["fixed", 10] and found["follows", 1] == found["follows", 10] < 64
 
 
@@ -115,9 +118,9 @@ def test_gradients_keep_at_work_what_the_loss_would_miss(train, unseen):
     def unexplained(number):
         trainer = train(mechanisms_of(number, SideBlocks=dict(rest=0.0)))
         sae, x = trainer.sae, unseen.x.float()
-        part(trainer, "SideBlocks").working = 192
+        part(trainer, "SideBlocks").n_active = 192
         error = (sae(x) - x).pow(2).sum().item()
-        part(trainer, "SideBlocks").working = 256
+        part(trainer, "SideBlocks").n_active = 256
         return error
     assert unexplained(2) < 0.9 * unexplained(1)
 
@@ -128,7 +131,7 @@ def test_blocks_sort_the_important_to_the_front_and_part_it_from_the_rest(train,
     sae, blocks = trainer.sae, part(trainer, "SideBlocks")
     with torch.no_grad(): f = torch.relu(unseen.x.float() @ sae.W_enc + (sae.b_enc - sae.b_dec @ sae.W_enc))
     seen = type(blocks.statistics)(256)
-    seen.see(f, unseen.side)
+    seen.update(f, unseen.side)
     apart = seen.divergence()
     assert apart[:192].mean() > 2 * apart[192:].mean()
 
@@ -138,9 +141,9 @@ def test_a_resting_feature_returns(fresh, store):
     sae = fresh(d_sae=64)
     trainer = Trainer(sae, store, [make_mechanism("SideBlocks", dict(block=8, every=20, look=1), sae.cfg)], TrainConfig(steps=30, warmup=5, balanced=True))
     rows = sae.W_dec.detach().clone()
-    trainer.mechanisms[0].working = 32
+    trainer.mechanisms[0].n_active = 32
     trainer.fit(progress=False)
-    at_work = (sae.W_dec.detach()[:sae.working] @ rows.T).argmax(1)
+    at_work = (sae.W_dec.detach()[:sae.n_active] @ rows.T).argmax(1)
     assert (at_work >= 32).float().mean() > 0.25
 
 
@@ -244,9 +247,9 @@ def test_it_says_the_same_after_saving_and_inside_the_evaluation(number, train, 
     sae = train(mechanisms_of(number)).sae
     again = load_sae(sae.save(tmp_path/"sae"))
     x = unseen.x.float()
-    assert torch.equal(again.encode(x), sae.encode(x)) and again.working == sae.working
+    assert torch.equal(again.encode(x), sae.encode(x)) and again.n_active == sae.n_active
     assert not torch.equal(sae.encode(x), torch.relu(x @ sae.W_enc + (sae.b_enc - sae.b_dec @ sae.W_enc)))
-    used = [usage(exam, s) for s in (sae, again)]
+    used = [feature_stats(exam, s) for s in (sae, again)]
     for name, value in vars(used[0]).items(): np.testing.assert_array_equal(value, vars(used[1])[name])
 
 

@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from saenb.core import SaenbError
-from saenb.evals.base import Readings
+from saenb.base.errors import SaenbError
+from saenb.evals.evaluation import Readings
 from saenb.evals.controls import as_logged, untrained
 from saenb.evals.entanglement import correlations, evaluate, headline, largest, plot, table
 from saenb.evals.separation import drawn
-from saenb.presets import preset
-from saenb.sae import SAE, SAEConfig
+from saenb.lab.preset_files import find_preset
+from saenb.sae.sae import SAE, SAEConfig
 
 
 @pytest.fixture(scope="module")
-def setup(): return replace(preset("tiny").evals["entanglement"], tokens_a_row=16, dataset_size=300)
+def setup(): return replace(find_preset("tiny").evals["entanglement"], tokens_a_row=16, dataset_size=300)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from saenb.core import SaenbError
+from saenb.base.errors import SaenbError
 from saenb.evals import base, core
-from saenb.evals.base import Readings, encoded
+from saenb.evals.evaluation import Readings, encoded
 from saenb.evals.controls import as_logged, principal_components, untrained
-from saenb.evals.core import CoreSetup, dead_share, density_histogram, evaluate, headline, nearest_neighbour, plot, rebuilt, table, tally, unexplained
-from saenb.sae import SAE, SAEConfig
+from saenb.evals.reconstruction import CoreSetup, dead_share, density_histogram, evaluate, headline, nearest_neighbour, plot, rebuilt, table, tally, unexplained
+from saenb.sae.sae import SAE, SAEConfig
 
 SIDES = ("forget", "retain")
 
@@ -291,7 +291,7 @@ def test_every_living_feature_is_in_the_histogram(trained, readings, setup):
 
 
 def test_a_model_in_half_precision(world, trained, setup, ours):
-    from saenb.sources import boot
+    from saenb.data.sources import boot
     o = evaluate(boot(world.path/"model", dtype="bfloat16"), trained, setup)["eval_result_unstructured"]["both"]
     for k in ("unexplained", "l0", "recovered"): assert o[k][0] == pytest.approx(ours["trained"]["both"][k][0], rel=0.1)
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saenb.core import SaenbError
-from saenb.evals.base import Readings, as_text, corpus_rows, encoded, ratio_interval, result_id
+from saenb.base.errors import SaenbError
+from saenb.evals.evaluation import Readings, as_text, corpus_rows, encoded, ratio_interval, result_id
 from saenb.evals.controls import untrained
-from saenb.evals.table import EVALS, evaluation
-from saenb.harvest import is_text
-from saenb.lab import judge
-from saenb.sae import SAE, SAEConfig
+from saenb.evals.evaluation import EVALS, evaluation
+from saenb.data.harvest import is_text
+from saenb.lab.runner import evaluate_sae
+from saenb.sae.sae import SAE, SAEConfig
 
 FIELDS = {"eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details", "sae_bench_commit_hash",
           "sae_lens_id", "sae_lens_release_id", "sae_lens_version", "sae_cfg_dict", "eval_result_unstructured"}
@@ -23,7 +23,7 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("judged")
 
 
 @pytest.fixture(scope="module")
-def results(fresh, setting, folder): return judge(fresh(d_sae=128), setting, folder, OTHERS)
+def results(fresh, setting, folder): return evaluate_sae(fresh(d_sae=128), setting, folder, OTHERS)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -44,29 +44,29 @@ def test_headlines_do_not_share_names(results):
 
 
 def test_results_are_kept_and_not_computed_twice(results, fresh, setting, folder):
-    kept = judge(fresh(d_sae=128), setting, folder, OTHERS)
+    kept = evaluate_sae(fresh(d_sae=128), setting, folder, OTHERS)
     assert kept == results
-    again = judge(fresh(d_sae=128), setting, folder, ["core"], force=True)["core"]
+    again = evaluate_sae(fresh(d_sae=128), setting, folder, ["core"], force=True)["core"]
     assert again["datetime_epoch_millis"] > results["core"]["datetime_epoch_millis"] and again["eval_id"] == results["core"]["eval_id"]
-    other = judge(fresh(seed=1, d_sae=128), setting, folder, ["core"])["core"]
+    other = evaluate_sae(fresh(seed=1, d_sae=128), setting, folder, ["core"])["core"]
     assert other["eval_id"] != again["eval_id"]
 
 
 def test_a_dictionary_of_another_width(setting):
     sae = SAE(SAEConfig(d_in=64, d_sae=8, hook_layer=setting.layer))
     for name in OTHERS:
-        with pytest.raises(SaenbError, match="width 64 and the model's is 192"): judge(sae, setting, names=[name])
+        with pytest.raises(SaenbError, match="width 64 and the model's is 192"): evaluate_sae(sae, setting, names=[name])
 
 
 @pytest.mark.parametrize("name", EVALS)
 def test_a_dictionary_that_is_not_finite(setting, fresh, name):
     sae = fresh(d_sae=8)
     sae.b_enc.data[3] = torch.inf
-    with pytest.raises(SaenbError, match=r"weights are not finite \(b_enc\)"): judge(sae, setting, names=[name])
+    with pytest.raises(SaenbError, match=r"weights are not finite \(b_enc\)"): evaluate_sae(sae, setting, names=[name])
 
 
 def test_an_unknown_evaluation(fresh, setting):
-    with pytest.raises(SaenbError, match="did you mean separation"): judge(fresh(), setting, names=["separaton"])
+    with pytest.raises(SaenbError, match="did you mean separation"): evaluate_sae(fresh(), setting, names=["separaton"])
 
 
 def test_texts_are_read_once_and_as_the_model_reads_them(model, setting):
@@ -129,5 +129,5 @@ def test_positions_reach_the_gates(fresh):
 def test_controls_are_judged_by_everything_too(store, fresh, setting):
     """An untrained dictionary reconstructs nothing; that is what core is for."""
     sae = untrained(fresh().cfg, store.rows(0, 8192).x)
-    value, low, high = evaluation("core").headline(judge(sae, setting, names=["core"])["core"])["unexplained variance"]
+    value, low, high = evaluation("core").headline(evaluate_sae(sae, setting, names=["core"])["core"])["unexplained variance"]
     assert value > 0.5 and low <= value <= high

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from saenb.core import SaenbError
-from saenb.evals.base import encoded
-from saenb.evals.unlearning import clamp_value, evaluate, plain_answers, settings_of, usage
-from saenb.explorer import AFTER, BEFORE, BINS, explore, lost_alone, page, peaks, write_page
-from saenb.sae import SAE, SAEConfig
+from saenb.base.errors import SaenbError
+from saenb.evals.evaluation import encoded
+from saenb.evals.exam import feature_stats
+from saenb.evals.interventions.intervention import plain_answers
+from saenb.evals.unlearning import clamp_value, evaluate, settings_of
+from saenb.report.explorer import AFTER, BEFORE, BINS, explore, lost_alone, page, peaks, write_page
+from saenb.sae.sae import SAE, SAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def read(exam, trained):
 
 
 def test_densities_and_strengths_are_counted(found, arrays, read, exam, trained):
-    use = usage(exam, trained)
+    use = feature_stats(exam, trained)
     np.testing.assert_allclose(arrays["forget"], use.forget, atol=1e-6)
     np.testing.assert_allclose(arrays["retain"], use.retain, atol=1e-6)
     assert found["sizes"] == [sum(int(k.sum()) for s, _, k, _ in read if s == side) for side in (0, 1)]
@@ -87,14 +89,14 @@ def test_a_silent_feature_has_no_text(exam, setting, trained):
 
 
 def test_the_clamped_are_those_of_the_evaluation(found, result, exam, trained):
-    best, use = result["eval_result_unstructured"]["best"], usage(exam, trained)
+    best, use = result["eval_result_unstructured"]["best"], feature_stats(exam, trained)
     assert found["clamped"] == best["features"] and found["clamped"]
     chosen = next(s["features"] for s in settings_of(exam.setup.grid, use) if (s["retain_threshold"], s["n_features"], s["multiplier"]) == (best["retain_threshold"], best["n_features"], best["multiplier"]))
     assert list(chosen) == found["clamped"]
 
 
 def test_what_is_lost_alone_is_what_a_plain_evaluation_loses(found, arrays, exam, trained, result):
-    use, best = usage(exam, trained), result["eval_result_unstructured"]["best"]
+    use, best = feature_stats(exam, trained), result["eval_result_unstructured"]["best"]
     told = np.flatnonzero(~np.isnan(arrays["lost_forget"]))
     assert 1 <= len(told) <= 4
     for feature in told[:2]:

@@ -7,7 +7,7 @@ import faults
 @pytest.fixture(scope="module")
 def lab(small, harvested, work, tmp_path_factory):
     """Commands are called in this process, other than those that are killed, beside each other or cut short."""
-    from saenb.lab import run
+    from saenb.lab.runner import run
     made = work("made")
     run("orthogonality/0", small, out=made, steps=faults.STEPS, progress=False)
     return faults.Lab(small, made, tmp_path_factory.mktemp("labs"), processes=False)

@@ -3,8 +3,12 @@ import json
 import shutil
 
 from conftest import ROOT
-from saenb.core import write_json
-from saenb.figures import FIGURES, Material, at_a_glance, draw_figures, everything, feature_importance, feature_thresholds, hard_to_soft, last_of_log, position_masks, positional_fidelity, side_by_side, specialisation_retained, switched_off, titled
+from saenb.base.files import write_json
+from saenb.report.experiments.contrastive_report import feature_thresholds
+from saenb.report.experiments.dual_objective_report import feature_importance
+from saenb.report.experiments.positional_report import hard_to_soft, position_masks, positional_fidelity, specialisation_retained
+from saenb.cli import FIGURES
+from saenb.report.figures import Material, at_a_glance, draw_figures, everything, last_of_log, side_by_side, switched_off, titled
 
 KEPT = ROOT/"runs"/"tiny-full"
 

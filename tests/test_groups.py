@@ -6,9 +6,9 @@ from hypothesis import given, settings, strategies as st
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
-from saenb.core import SaenbError
-from saenb.groups import agreement, close, groups, in_order, living, sizes
-from saenb.pairs import coactivation, correlation
+from saenb.base.errors import SaenbError
+from saenb.ideas.clusters import agreement, close, groups, in_order, living, sizes
+from saenb.sae.coactivation import coactivation, correlation
 
 
 def together(members=(8, 6, 3, 1), n=3000, seed=0):

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 
-from saenb.core import SaenbError
-from saenb.harvest import Store, harvest, stream_at, token_rows
+from saenb.base.errors import SaenbError
+from saenb.data.harvest import harvest, stream_at, token_rows
+from saenb.data.store import Store
 
 
 def test_the_stream_is_the_models_hidden_state(model):

@@ -17,13 +17,17 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 import saenb.lab
 from conftest import ROOT
 from saenb.cli import main
-from saenb.core import SaenbError, read_json, read_tensors, say, write_json, write_tensors
-from saenb.harvest import COLUMNS, Store, harvest, map_shard
-from saenb.logbook import write_logs
-from saenb.records import Record
-from saenb.sae import SAE, SAEConfig
-from saenb.train import CHECKPOINT, LOG, TrainConfig, Trainer
-from saenb.world import World
+from saenb.base.errors import SaenbError, warn_once
+from saenb.base.files import read_json, read_tensors, write_json, write_tensors
+from saenb.data.harvest import harvest
+from saenb.data.store import COLUMNS, Store, map_shard
+from saenb.report.logbook import write_logs
+from saenb.lab.records import Record
+from saenb.sae.sae import SAE, SAEConfig
+from saenb.train.config import TrainConfig
+from saenb.train.checkpoint import CHECKPOINT, LOG
+from saenb.train.trainer import Trainer
+from saenb.data.world import World
 
 TRIED = collections.Counter()
 RECORD = "tiny/orthogonality/run_0/seed_0"
@@ -35,7 +39,7 @@ def tries(count): return settings(max_examples=count, derandomize=True, deadline
 def called(*arguments):
     """The command line in this process: its code, what it printed, and what it complained of."""
     out, err = io.StringIO(), io.StringIO()
-    say.cache_clear()
+    warn_once.cache_clear()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([*map(str, arguments)])
     return code, out.getvalue(), err.getvalue()
 
@@ -374,9 +378,9 @@ MARKUP = ("<script", "<img", "</script", "<!--", "](javascript")
 
 @pytest.mark.parametrize("title", NASTY)
 def test_tables_and_pages_show_titles_as_they_are(kept_records, title, tmp_path):
-    from saenb.compare import as_html, as_markdown, compare, differences, records_under, verdicts
-    from saenb.figures import Material, last_of_log, titled
-    from saenb.logbook import run_log
+    from saenb.report.compare import as_html, as_markdown, compare, differences, records_under, verdicts
+    from saenb.report.figures import Material, last_of_log, titled
+    from saenb.report.logbook import run_log
     path = kept_records/"orthogonality"/"run_1"/"seed_0"/"config.json"
     config = json.loads(path.read_text())
     config["run"]["title"] = title
@@ -399,7 +403,7 @@ def test_tables_and_pages_show_titles_as_they_are(kept_records, title, tmp_path)
 def test_a_page_of_features_holds_nothing_but_data(title, tmp_path):
     """Tokens, the dictionary's name and the title."""
     from html.parser import HTMLParser
-    from saenb.explorer import write_page
+    from saenb.report.explorer import write_page
     text = write_page(dict(about=title, tokens=NASTY, features=0), tmp_path/"page.html", title).read_text()
     class Reader(HTMLParser):
         tags, scripts, heads, inside = collections.Counter(), [], [], None

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from saenb import interchange
-from saenb.core import SaenbError
-from saenb.records import Record
-from saenb.sae import SAE, SAEConfig, load_sae
+from saenb.base.errors import SaenbError
+from saenb.lab.records import Record
+from saenb.sae.sae import SAE, SAEConfig, load_sae
 
 THERE = Path(__file__).parent/"interchange"
 FOLDERS = {p.parent.relative_to(THERE).as_posix(): p.parent for p in sorted(THERE.rglob("expected.safetensors"))}
@@ -90,7 +90,7 @@ def test_a_file_alone_is_enough_where_its_tensors_tell(name, tmp_path):
     gives(sae, expected(name))
     assert sae.cfg.hook_layer is None and not sae.cfg.hook_name and not sae.cfg.model_name
     with pytest.raises(SaenbError, match="Nobody knows which layer"):
-        from saenb.evals.base import Readings
+        from saenb.evals.evaluation import Readings
         Readings(None, sae.cfg.hook_layer)
 
 
@@ -424,7 +424,7 @@ def test_a_foreign_dictionary_is_evaluated(fresh, small, harvested, tmp_path, ca
 
 
 def test_a_dictionary_is_judged_in_units_of_its_rows():
-    from saenb.interchange import with_unit_rows
+    from saenb.sae.sae import with_unit_rows
     draw = torch.Generator().manual_seed(0)
     x, lengths = torch.randn(200, 6, generator=draw), torch.linspace(0.2, 5, 10)
     def uneven(*gates):

@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from saenb.core import SaenbError
-from saenb.jobs import at_once, cores
+from saenb.base.errors import SaenbError
+from saenb.lab.engines import run_parallel, cores
 
 
 def test_each_job_is_told_with_its_place_when_it_ends():
-    assert list(at_once(time.sleep, [(1.5,), (0,)], 2)) == [(1, None), (0, None)]
-    assert sorted(at_once(pow, [(2, n) for n in range(7)], 3)) == [(n, 2**n) for n in range(7)]
+    assert list(run_parallel(time.sleep, [(1.5,), (0,)], 2)) == [(1, None), (0, None)]
+    assert sorted(run_parallel(pow, [(2, n) for n in range(7)], 3)) == [(n, 2**n) for n in range(7)]
 
 
 def test_each_process_has_its_share_of_the_processor():
-    shares = {n: {share for _, share in at_once(os.getenv, [("OMP_NUM_THREADS",)] * 2, n)} for n in (1, 2, 2 * cores())}
+    shares = {n: {share for _, share in run_parallel(os.getenv, [("OMP_NUM_THREADS",)] * 2, n)} for n in (1, 2, 2 * cores())}
     assert shares == {1: {str(cores())}, 2: {str(max(1, cores() // 2))}, 2 * cores(): {"1"}}
 
 
 @pytest.mark.parametrize("make, job, error, words", [(time.sleep, (-1,), ValueError, "non-negative"), (os._exit, (9,), SaenbError, "ended from outside.*fewer --jobs")])
 def test_what_fails_ends_all(make, job, error, words, tmp_path):
     begun, began = tmp_path/"begun", time.perf_counter()
-    with pytest.raises(error, match=words): list(at_once(_either, [(make, job), (time.sleep, (600,)), (Path.touch, (begun,))], 2))
+    with pytest.raises(error, match=words): list(run_parallel(_either, [(make, job), (time.sleep, (600,)), (Path.touch, (begun,))], 2))
     assert time.perf_counter() - began < 60 and not begun.exists()
 
 

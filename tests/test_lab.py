@@ -9,11 +9,12 @@ import pytest
 import scipy.stats
 from hypothesis import given, strategies as st
 
-from saenb.core import SaenbError
-from saenb.lab import explored, run
-from saenb.figures import draw_figures
-from saenb.records import Record, find_records, over_seeds
-from saenb.runs.table import RUNS
+from saenb.base.errors import SaenbError
+from saenb.lab.reproduction import explored
+from saenb.lab.runner import run
+from saenb.report.figures import draw_figures
+from saenb.lab.records import Record, find_records, over_seeds
+from saenb.ideas.run import all_runs
 
 STEPS = 60
 
@@ -51,7 +52,7 @@ def test_a_record_is_all_there(baseline, out):
     assert set(files(baseline.path)) == {"config.json", "final_info.json", "train_log.jsonl", "timing.json", "notes.md", "evals/unlearning.json", "evals/core.json", "evals/entanglement.json",
                                          "sae/cfg.json", "sae/sae_weights.safetensors"}
     assert baseline.finished and (baseline.run, baseline.seed, baseline.variant) == ("orthogonality/0", 0, "")
-    assert baseline.config["run"] == RUNS["orthogonality/0"].as_dict() and baseline.config["training"]["steps"] == STEPS
+    assert baseline.config["run"] == all_runs()["orthogonality/0"].as_dict() and baseline.config["training"]["steps"] == STEPS
     assert [line["step"] for line in baseline.log] == [20, 40, 60]
     assert baseline.sae.cfg.training_steps == STEPS and baseline.sae.cfg.about == dict(run="orthogonality/0", preset="tiny", seed=0)
 
@@ -70,7 +71,7 @@ def test_a_record_has_the_logs_fields(baseline, world):
 
 def test_notes_tell_the_result(baseline):
     notes = (baseline.path/"notes.md").read_text()
-    assert notes.startswith(f"# orthogonality/0: {RUNS['orthogonality/0'].title} (seed 0, tiny)\n")
+    assert notes.startswith(f"# orthogonality/0: {all_runs()['orthogonality/0'].title} (seed 0, tiny)\n")
     assert f"training steps {STEPS}, final loss {baseline.info['final_loss']:.4g}" in notes
     assert f"unlearning score {baseline.unlearning['score']:.3f}" in notes
 
@@ -222,7 +223,7 @@ def test_an_unknown_change_is_named(made, out):
 def test_a_mechanisms_settings_can_be_changed(made):
     found = {r.variant: r for r in (made("orthogonality/1", steps=20), made("orthogonality/1", steps=20, change=dict(share=0.01)))}
     assert found.keys() == {"", "share=0.01"} and found["share=0.01"].path.parent.name == "run_1@share=0.01"
-    assert [r.config["run"]["mechanisms"][0]["settings"]["share"] for r in found.values()] == [0.001, 0.01] and RUNS["orthogonality/1"].as_dict()["constants"]["share"] == 0.001
+    assert [r.config["run"]["mechanisms"][0]["settings"]["share"] for r in found.values()] == [0.001, 0.01] and all_runs()["orthogonality/1"].as_dict()["constants"]["share"] == 0.001
     assert weights(found[""]) != weights(found["share=0.01"])
 
 
@@ -237,8 +238,8 @@ def test_a_run_can_be_made_without_one_of_its_mechanisms(made):
 
 def test_a_setting_that_several_mechanisms_have_is_named_with_its_own(made):
     with pytest.raises(SaenbError, match="weight"): made("contrastive/3", steps=20, change=dict(weight=1.0))
-    assert [settings.get("weight") for _, settings in RUNS["contrastive/3"].but(**{"SideDivergence.weight": 1.0}).mechanisms] == [0.2, None, 1.0]
-    assert RUNS["contrastive/3"].as_dict()["constants"]["ContrastiveGroups.weight"] == 0.2
+    assert [settings.get("weight") for _, settings in all_runs()["contrastive/3"].but(**{"SideDivergence.weight": 1.0}).mechanisms] == [0.2, None, 1.0]
+    assert all_runs()["contrastive/3"].as_dict()["constants"]["ContrastiveGroups.weight"] == 0.2
 
 
 def test_an_interval_over_seeds_is_the_t_interval():

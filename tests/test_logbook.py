@@ -7,20 +7,20 @@ import pytest
 from scipy.stats import ttest_rel
 
 from conftest import ROOT
-from saenb.figures import Material
-from saenb.logbook import run_log, run_section, write_logs
-from saenb.runs.base import EXPERIMENTS
-from saenb.runs.table import RUNS
+from saenb.report.figures import Material
+from saenb.report.logbook import run_log, run_section, write_logs
+from saenb.ideas.run import experiments
+from saenb.ideas.run import all_runs
 
 KEPT = ROOT/"runs"/"tiny-full"
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", experiments())
 def test_every_run_has_its_four_parts(experiment):
     log = run_log(Material(KEPT, experiment))
     sections = re.split(r"^### Run ", log, flags=re.MULTILINE)[1:]
-    assert [s.split(":")[0] for s in sections] == [run.number for run in RUNS.values() if run.experiment == experiment]
-    for section, run in zip(sections, [r for r in RUNS.values() if r.experiment == experiment]):
+    assert [s.split(":")[0] for s in sections] == [run.number for run in all_runs().values() if run.experiment == experiment]
+    for section, run in zip(sections, [r for r in all_runs().values() if r.experiment == experiment]):
         parts = re.findall(r"^\*\*(\w+)\.\*\*", section, re.MULTILINE)
         assert parts == ["Description", "Configuration", "Result", "Analysis"] and run.idea in section
         for name, settings in run.mechanisms: assert f"- {name}: " in section and all(f"{k} {v}" in section for k, v in settings.items())

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from saenb.core import SaenbError
-from saenb.pairs import jaccard, mutual_information
-from saenb.runs.orthogonality import OrthogonalPairs, charged_cosines, exponential, fixed, proportional, rising
-from saenb.runs.table import find_run
-from saenb.sae import make_mechanism
-from saenb.train import TrainConfig, Trainer
+from saenb.base.errors import SaenbError
+from saenb.ideas.pairs import jaccard, mutual_information
+from saenb.ideas.orthogonality import OrthogonalPairs, charged_cosines, exponential, fixed, proportional, rising
+from saenb.ideas.run import find_run
+from saenb.sae.gates import make_mechanism
+from saenb.train.config import TrainConfig
+from saenb.train.trainer import Trainer
 
 TABLE = { # as the log has them
     1: dict(by="coactivation", share=0.001, tau=0.1, rule="fixed"),

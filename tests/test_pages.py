@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from conftest import needs_browser
-from saenb.explorer import AFTER, BEFORE, BINS, packed, write_page
+from saenb.report.explorer import AFTER, BEFORE, BINS, packed, write_page
 
 pytestmark = needs_browser
 

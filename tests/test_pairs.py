@@ -8,8 +8,9 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import gaussian_kde
 from sklearn.feature_selection import mutual_info_regression
 
-from saenb.core import SaenbError
-from saenb.pairs import STATISTICS, coactivation, correlation, jaccard, make_statistic, mutual_information, on_grid, pair_count, strongest
+from saenb.base.errors import SaenbError
+from saenb.ideas.pairs import STATISTICS, jaccard, make_statistic, mutual_information, on_grid, pair_count, strongest
+from saenb.sae.coactivation import coactivation, correlation
 
 
 def sparse(n, features, seed=0):
@@ -142,7 +143,7 @@ def test_agreement_is_that_of_sets(a, b):
 def test_a_window_holds_the_last_batches_and_no_others(by):
     statistic, batches = make_statistic(by, 5, window=3), [sparse(200, 5, seed) * (1 + seed) for seed in range(8)]
     for i, batch in enumerate(batches):
-        statistic.see(batch)
+        statistic.update(batch)
         window = np.corrcoef(torch.cat(batches[max(0, i - 2):i + 1]).T.double())
         np.testing.assert_allclose(statistic.lasting, window, atol=0.02) # products are kept in half precision
         window = np.abs(window)
@@ -155,7 +156,7 @@ def test_gradients_are_averaged_over_steps():
     statistic, average = make_statistic("gradients", 4, memory=0.9), np.zeros((4, 4))
     for seed in range(5):
         g = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)) * 1e-6
-        statistic.see(g)
+        statistic.update(g)
         average = 0.9 * average + 0.1 * np.mean([np.abs(np.outer(row, row)) for row in g.double().numpy()], axis=0)
     np.testing.assert_allclose(statistic.strength(), average, rtol=1e-4)
     pairs = torch.tensor([[0, 1], [2, 3]])
@@ -167,10 +168,10 @@ def test_gradients_are_averaged_over_steps():
 def test_statistics_are_saved_with_what_they_remember(by, given):
     batches = [sparse(100, 6, seed) for seed in range(7)]
     whole, first, second = (make_statistic(by, 6, **given) for _ in range(3))
-    for batch in batches: whole.see(batch)
-    for batch in batches[:5]: first.see(batch)
+    for batch in batches: whole.update(batch)
+    for batch in batches[:5]: first.update(batch)
     second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
-    for batch in batches[5:]: second.see(batch)
+    for batch in batches[5:]: second.update(batch)
     assert torch.equal(whole.strength(), second.strength())
 
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from saenb.evals import sparse_probing
-from saenb.evals.base import Readings
-from saenb.evals.unlearning import REFERENCE, Exam, score_of
+from saenb.evals.evaluation import Readings
+from saenb.evals.exam import REFERENCE, Exam
+from saenb.evals.unlearning import score_of
 
 ROOT = Path(__file__).parent.parent
 AGREED = json.loads((ROOT/"tests"/"parity.json").read_text())

@@ -9,17 +9,16 @@ from matplotlib.figure import Figure
 from scipy import stats
 from sklearn.metrics import mutual_info_score
 
-from saenb.core import SaenbError
-from saenb.evals.base import Readings, encoded
+from saenb.base.errors import SaenbError
+from saenb.evals.evaluation import Readings, encoded
 from saenb.evals.controls import as_logged, principal_components, untrained
-from saenb.evals.positional import (LabelledOrder, PositionalSetup, SentenceOrder, evaluate, fidelity, headline, information, jackknife, mean_interval,
-                                    order_files, plot, pooled, probes, retained_total, retention, rotated_positions, specialisation, states, table,
-                                    tally, twin_rows)
-from saenb.harvest import is_text
-from saenb.sae import SAE, SAEConfig
-from saenb.sources import TextSource
-from saenb.train import Mechanism
-from saenb.world import SUBJECTS
+from saenb.evals.order_probing import LabelledOrder, SentenceOrder, mean_interval, order_files, pooled, probes, twin_rows
+from saenb.evals.position import PositionalSetup, evaluate, fidelity, headline, information, jackknife, plot, retained_total, retention, rotated_positions, specialisation, states, table, tally
+from saenb.data.harvest import is_text
+from saenb.sae.sae import SAE, SAEConfig
+from saenb.data.sources import TextSource
+from saenb.train.mechanism import Mechanism
+from saenb.data.facts import SUBJECTS
 
 PARTS, SIDES = 16, ("forget", "retain")
 PART = (torch.arange(128) - 1) % 127 * PARTS // 127
@@ -172,7 +171,7 @@ def test_the_floor_is_fair_to_features_that_stay_on(model, setup):
 
 
 def test_the_jackknife_of_a_mean_is_the_t_interval():
-    from saenb.evals.positional import Tally
+    from saenb.evals.position import Tally
     values = torch.randn(20, 5, 16, generator=torch.Generator().manual_seed(0)).double()
     (value, low, high), = jackknife(Tally(*[values] * 5), lambda t: [t.tokens.mean().item()])
     each = values.flatten(1).mean(1).numpy()

@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from saenb.core import SaenbError
-from saenb.evals.unlearning import usage
-from saenb.harvest import Batch
-from saenb.runs.positional import EvolvingMask, FeatureRouter, HardMask, HybridMask, Lookup, PositionContrast, SoftMask, told_of_others
-from saenb.runs.table import find_run
-from saenb.sae import SAE, SAEConfig, load_sae, make_mechanism
-from saenb.train import TrainConfig, Trainer
+from saenb.base.errors import SaenbError
+from saenb.evals.exam import feature_stats
+from saenb.data.store import Batch
+from saenb.ideas.positional import EvolvingMask, HardMask, HybridMask, Lookup, SoftMask
+from saenb.ideas.routing import FeatureRouter, PositionContrast, told_of_others
+from saenb.ideas.run import find_run
+from saenb.sae.gates import make_mechanism
+from saenb.sae.sae import SAE, SAEConfig, load_sae
+from saenb.train.config import TrainConfig
+from saenb.train.trainer import Trainer
 
 ROUTER, RESETS = dict(heads=8, memory=0.99), dict(least=0.01, memory=0.99)
 TABLE = { # what the logs and the spec give, and what the run builds on
@@ -216,7 +219,7 @@ def test_a_feature_that_begins_anew_gets_a_weak_mask_and_no_history(train, fresh
     trainer.fit(progress=False)
     mask, which, others = trainer.mechanisms[0], torch.tensor([2, 9]), torch.arange(10, 64)
     kept = {name: v.detach().clone() for name, v in mask.state_dict().items()}
-    trainer.renew(which, torch.randn(2, 192), torch.randn(256, 192))
+    trainer.reset_features(which, torch.randn(2, 192), torch.randn(256, 192))
     assert torch.equal(mask.mask[:, which], mask.gaussian(1.0)[:, which]) and not mask.history[:, which].any()
     for name, p, dim in (("relevance", mask.relevance, 1), ("readiness", mask.readiness, 0), ("lean", mask.lean, 0)):
         assert len(p.index_select(dim, which).unique()) == 1 and torch.equal(p.index_select(dim, others), kept[name].index_select(dim, others))
@@ -297,7 +300,7 @@ def test_a_feature_that_begins_anew_is_back_in_its_first_cluster(fresh, store):
     trainer.fit(progress=False)
     router, start = trainer.mechanisms[0], make_mechanism("FeatureRouter", dict(groups=8, competition=0.1, learned=True), sae.cfg)
     before = router.choice.detach().clone()
-    trainer.renew(torch.tensor([3]), torch.randn(1, 192), torch.randn(256, 192))
+    trainer.reset_features(torch.tensor([3]), torch.randn(1, 192), torch.randn(256, 192))
     assert torch.equal(router.choice[:, 3], start.choice[:, 3]) and not torch.equal(before[:, 3], start.choice[:, 3]) and torch.equal(router.choice[:, 4:], before[:, 4:])
     assert router.weight[3] == 0 and not trainer.optimizer.state[router.choice]["exp_avg"][:, 3].any() and trainer.optimizer.state[router.choice]["exp_avg"][:, 4:].any()
 
@@ -347,7 +350,7 @@ def test_similarity_follows_the_cosines_of_features():
     mechanism.after_step(step)
     cosines = F.cosine_similarity(f.T[:, None], f.T[None], dim=2)
     torch.testing.assert_close(mechanism.similarity, 0.95 * torch.eye(5) + 0.05 * cosines)
-    mechanism.renew(torch.tensor([1, 4]), None)
+    mechanism.reset_features(torch.tensor([1, 4]), None)
     torch.testing.assert_close(mechanism.similarity[[1, 4]], torch.eye(5)[[1, 4]])
     torch.testing.assert_close(mechanism.similarity[0, [2, 3]], 0.05 * cosines[0, [2, 3]])
 
@@ -433,7 +436,7 @@ def test_it_says_the_same_after_saving_and_inside_the_evaluation(number, train, 
     x = unseen.x.float()
     assert torch.equal(again.encode(x, unseen.position), sae.encode(x, unseen.position))
     assert not torch.equal(sae.encode(x, unseen.position), sae.ungated(x))
-    used = [usage(exam, s) for s in (sae, again)]
+    used = [feature_stats(exam, s) for s in (sae, again)]
     for name, value in vars(used[0]).items(): np.testing.assert_array_equal(value, vars(used[1])[name])
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from saenb.core import SaenbError
-from saenb.preset_files import preset_from
-from saenb.presets import PRESETS, preset
+from saenb.base.errors import SaenbError
+from saenb.lab.preset_files import preset_from
+from saenb.lab.preset_files import find_preset
+from saenb.lab.presets import PRESETS
 
 
 @pytest.fixture
@@ -23,11 +24,11 @@ def wrote(tmp_path):
 
 @pytest.mark.parametrize("base", PRESETS)
 def test_a_file_that_says_nothing_is_its_base_by_another_name(wrote, base):
-    assert preset(wrote(f'base = "{base}"')) == replace(PRESETS[base](), name="mine")
+    assert find_preset(wrote(f'base = "{base}"')) == replace(PRESETS[base](), name="mine")
 
 
 def test_only_what_a_file_says_is_changed(wrote):
-    found, base = preset(wrote("""
+    found, base = find_preset(wrote("""
         base = "tiny"
         d_sae = 100
         recorded = ["unlearning", "core"]
@@ -37,27 +38,27 @@ def test_only_what_a_file_says_is_changed(wrote):
         retain_floor = 0.95
         [evals.unlearning.grid]
         n_features = [1, 5]
-        """)), preset("tiny")
+        """)), find_preset("tiny")
     grid = replace(base.unlearning.grid, n_features=(1, 5))
     assert found == replace(base, name="mine", d_sae=100, recorded=("unlearning", "core"), training=replace(base.training, lr=1e-3),
                             evals=base.evals | dict(unlearning=replace(base.unlearning, retain_floor=0.95, grid=grid)))
 
 
 def test_one_training_length_counts(wrote):
-    assert preset(wrote('base = "tiny"\n[training]\ntokens = 4096')).training.count() == 4
-    assert preset(wrote('base = "gemma-2-2b"\n[training]\nsteps = 7')).training.count() == 7
-    assert preset(wrote('harvest_tokens = "none"')).harvest_tokens is None
+    assert find_preset(wrote('base = "tiny"\n[training]\ntokens = 4096')).training.count() == 4
+    assert find_preset(wrote('base = "gemma-2-2b"\n[training]\nsteps = 7')).training.count() == 7
+    assert find_preset(wrote('harvest_tokens = "none"')).harvest_tokens is None
 
 
 def test_corpora_change_wherever_they_are_read(wrote, tmp_path):
     (tmp_path/"mine.txt").write_text("A text.\n")
-    found = preset(wrote('[corpora]\nforget = {path = "mine.txt"}\nretain = {min_chars = 9}'))
+    found = find_preset(wrote('[corpora]\nforget = {path = "mine.txt"}\nretain = {min_chars = 9}'))
     for name in ("unlearning", "core", "positional", "separation", "entanglement"):
-        setup, before = found.evals[name], preset("gemma-2-2b").evals[name]
+        setup, before = found.evals[name], find_preset("gemma-2-2b").evals[name]
         assert setup.forget.path == str(tmp_path/"mine.txt") and setup.forget.side == "forget" and setup.forget.min_chars == 1
         assert setup.retain == replace(before.retain, min_chars=9)
     assert found.evals["positional"].order[0].source == found.unlearning.retain
-    assert found.texts == preset("gemma-2-2b").texts
+    assert found.texts == find_preset("gemma-2-2b").texts
 
 
 def test_things_are_looked_for_beside_the_file_and_in_the_folder_of_copies(wrote, tmp_path, monkeypatch):
@@ -65,7 +66,7 @@ def test_things_are_looked_for_beside_the_file_and_in_the_folder_of_copies(wrote
     elsewhere = tmp_path/"elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    found = preset(wrote('model = "models/mine"\nroot = "copies"'))
+    found = find_preset(wrote('model = "models/mine"\nroot = "copies"'))
     assert (found.model, found.answer_model) == (str(tmp_path/"models/mine"), str(tmp_path/"copies/google/gemma-2-2b-it"))
     assert {q.path for q in found.unlearning.questions} == {str(tmp_path/"copies/cais/wmdp"), "cais/mmlu"}
     assert found.evals["sparse_probing"].root == str(tmp_path/"copies")
@@ -119,12 +120,12 @@ def test_things_are_looked_for_beside_the_file_and_in_the_folder_of_copies(wrote
     ("a = " + "[" * 3000, "not readable as TOML"),
 ])
 def test_what_is_wrong_is_said_with_its_place(wrote, text, said):
-    with pytest.raises(SaenbError, match=said) as told: preset(wrote(text))
+    with pytest.raises(SaenbError, match=said) as told: find_preset(wrote(text))
     assert str(told.value).startswith(str(Path(wrote(text)))) and "\n" not in str(told.value) and str(told.value)[-1] in ".?"
 
 
 def test_a_preset_that_is_not_there_or_not_text(tmp_path, saenb, one_sentence):
-    with pytest.raises(SaenbError, match="There is no preset in"): preset(str(tmp_path/"nothing.toml"))
+    with pytest.raises(SaenbError, match="There is no preset in"): find_preset(str(tmp_path/"nothing.toml"))
     (tmp_path/"bytes.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SaenbError, match="not readable as TOML"): preset_from(tmp_path/"bytes.toml")
     (tmp_path/"folder.toml").mkdir()
@@ -205,7 +206,7 @@ def test_a_model_that_knows_nothing_is_found_out_before_training(saenb, one_sent
 
 def test_other_chats_than_gemmas(standin):
     from transformers import AutoTokenizer
-    from saenb.evals.unlearning import GEMMA_CHAT, chat_form, question_prompt
+    from saenb.data.questions import GEMMA_CHAT, chat_form, question_prompt
     tokenizer = AutoTokenizer.from_pretrained(standin.parent/"hub"/"google"/"gemma-2-2b-it")
     assert chat_form(tokenizer) == GEMMA_CHAT
     tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -17,9 +17,9 @@ import pytest
 
 from conftest import ROOT
 from saenb import lab, ray_jobs
-from saenb.core import SaenbError
-from saenb.jobs import at_once, cores
-from saenb.ray_jobs import need_ray, on_ray
+from saenb.base.errors import SaenbError
+from saenb.lab.engines import run_parallel, cores
+from saenb.lab.ray_engine import need_ray, on_ray
 
 needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="ray is not installed: `pip install 'saenb[ray]'` brings it, too much of it for every check of a commit")
 
@@ -79,7 +79,7 @@ def test_a_node_dies_and_the_records_are_those_of_one_machine(cluster, work, sma
     assert all(count >= 500 // 20 for both in seen for count in both) and len(seen) > 10 # and not from the beginning
     assert not list((out/"tiny").rglob(".lock")) and not list(out.glob(".ray-*"))
 
-    list(at_once(noted, [(None, int(again[0][0]), small, str(alone))], cores())) # one thread, as on each node
+    list(run_parallel(noted, [(None, int(again[0][0]), small, str(alone))], cores())) # one thread, as on each node
     folder = folders[int(again[0][0])]
     for name in ("sae/sae_weights.safetensors", "sae/cfg.json", "train_log.jsonl", "config.json", "notes.md"): assert (out/folder/name).read_bytes() == (alone/folder/name).read_bytes(), name
     ours, theirs = (json.loads((place/folder/"final_info.json").read_text()) for place in (out, alone))

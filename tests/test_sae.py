@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import saenb
-from saenb.core import SaenbError
-from saenb.sae import MECHANISMS, SAE, SAEConfig, make_mechanism
-from saenb.train import Mechanism
+from saenb.base.errors import SaenbError
+from saenb.sae.gates import MECHANISMS, make_mechanism
+from saenb.sae.sae import SAE, SAEConfig
+from saenb.train.mechanism import Mechanism
 
 
 class Halve(Mechanism):
@@ -78,9 +79,9 @@ def test_a_gate_travels_with_its_dictionary(store, tmp_path):
 
 
 class Rest(Mechanism):
-    def __init__(self, d_in, d_sae, working):
-        super().__init__(d_in, d_sae, working=working)
-        self.working = working
+    def __init__(self, d_in, d_sae, n_active):
+        super().__init__(d_in, d_sae, n_active=n_active)
+        self.n_active = n_active
 
     def gate(self, x, f, positions): return f
 
@@ -88,10 +89,10 @@ class Rest(Mechanism):
 def test_what_rests_is_silent_and_costs_no_gradient(store):
     """Slices of the matrices give what whole ones and a mask would, gradients included."""
     x, mask = store.rows(0, 300).x.float(), (torch.arange(64) < 48).float()
-    rested = SAE(SAEConfig(d_in=store.d_in, d_sae=64, gates=[dict(name="Rest", settings=dict(working=48))])).initialise(x)
+    rested = SAE(SAEConfig(d_in=store.d_in, d_sae=64, gates=[dict(name="Rest", settings=dict(n_active=48))])).initialise(x)
     whole = SAE(SAEConfig(d_in=store.d_in, d_sae=64)).initialise(x)
     f = rested.encode(x)
-    assert rested.working == 48 and (f[:, 48:] == 0).all() and (whole.encode(x)[:, 48:] > 0).any()
+    assert rested.n_active == 48 and (f[:, 48:] == 0).all() and (whole.encode(x)[:, 48:] > 0).any()
     torch.testing.assert_close(f, whole.encode(x) * mask)
     for sae, made in ((rested, rested.decode(f)), (whole, whole.decode(whole.encode(x) * mask))): (made - x).pow(2).sum().backward()
     for name, p in whole.named_parameters(): torch.testing.assert_close(dict(rested.named_parameters())[name].grad, p.grad, rtol=1e-4, atol=1e-2)

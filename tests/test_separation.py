@@ -7,12 +7,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import roc_auc_score
 
-from saenb.core import SaenbError
-from saenb.evals.base import Readings
-from saenb.evals.controls import as_logged, supervised_ceiling, untrained
-from saenb.evals.separation import (SeparationSetup, activations, compare, drawn, evaluate, headline, held_out, importance_histogram, importances, in_order, over_rows, overlap,
-                                    plot, redraws, redrawn, shuffled, table)
-from saenb.sae import SAE, SAEConfig
+from saenb.base.errors import SaenbError
+from saenb.evals.evaluation import Readings
+from saenb.evals.controls import as_logged, supervised_reference, untrained
+from saenb.evals.separation import SeparationSetup, activations, compare, drawn, evaluate, headline, held_out, importance_histogram, importances, in_order, over_rows, overlap, plot, redraws, redrawn, shuffled, table
+from saenb.sae.sae import SAE, SAEConfig
 
 
 class Planted(Readings):
@@ -66,7 +65,7 @@ def dictionaries(trained, store, tokens):
         made.b_dec.copy_(trained.b_dec)
 
     return dict(trained=trained, untrained=untrained(trained.cfg, x), identity=changed(trained, channels, d_sae=384), twice=changed(trained, doubled, d_sae=1024),
-                ceiling=supervised_ceiling(trained.cfg, tokens.stream[side], tokens.stream[~side], clusters=40), dead=as_logged(trained.cfg))
+                ceiling=supervised_reference(trained.cfg, tokens.stream[side], tokens.stream[~side], clusters=40), dead=as_logged(trained.cfg))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +223,7 @@ def test_the_leading_features_are_described(results, trained, tokens):
 
 
 def test_a_model_in_half_precision(world, trained, setup, headlines):
-    from saenb.sources import boot
+    from saenb.data.sources import boot
     found = headline(evaluate(boot(world.path/"model", dtype="bfloat16"), trained, setup))
     for k in ("best feature's AUROC", "importance overlap"): assert found[k][0] == pytest.approx(headlines["trained"][k][0], abs=0.02)
 

@@ -8,7 +8,7 @@ from scipy.stats import entropy, expon
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, mutual_info_score
 
-from saenb.sides import SideReader, SideStatistics, activation_divergence, activity, by_side, divergence, shares, side_information
+from saenb.ideas.sides import SideReader, SideStatistics, activation_divergence, activity, by_side, divergence, shares, side_information
 
 
 def made_up(n=400, features=5, seed=0):
@@ -85,7 +85,7 @@ def test_the_estimate_finds_a_known_divergence():
         rows = side == which
         f[rows, 0] = (draw.random(rows.sum()) < p) * draw.exponential(a, rows.sum())
     statistics = SideStatistics(1)
-    statistics.see(torch.tensor(f, dtype=torch.float), torch.tensor(side))
+    statistics.update(torch.tensor(f, dtype=torch.float), torch.tensor(side))
     p, q, a, b = (torch.tensor(v) for v in (*densities, *sizes))
     assert statistics.divergence().item() == pytest.approx(((activation_divergence(p, a, q, b) + activation_divergence(q, b, p, a)) / 2).item(), rel=0.05)
 
@@ -94,9 +94,9 @@ def test_statistics_are_those_of_the_batches():
     """With nothing forgotten, over three batches as over one; and the older, the less it counts."""
     f, side = made_up(600, seed=3)
     whole, parts, short = SideStatistics(5, memory=1.0), SideStatistics(5, memory=1.0), SideStatistics(5, memory=0.0)
-    whole.see(f, side)
+    whole.update(f, side)
     for at in (0, 200, 400):
-        for s in (parts, short): s.see(f[at:at + 200], side[at:at + 200])
+        for s in (parts, short): s.update(f[at:at + 200], side[at:at + 200])
     for name in ("density", "size"): torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
     forget = f[side == 1]
     torch.testing.assert_close(whole.density[0], ((forget > 0).sum(0) + 0.5) / (len(forget) + 1))
@@ -108,7 +108,7 @@ def test_what_is_seen_on_few_tokens_is_drawn_together():
     f[0, 1] = 1.0 # once
     f[side == 1, 2] = 1.0 # on one side always
     statistics = SideStatistics(3)
-    statistics.see(f, side)
+    statistics.update(f, side)
     never, once, always = statistics.divergence().tolist()
     assert never == 0 < once < 0.01 < 1 < always
 
@@ -117,7 +117,7 @@ def test_features_take_their_statistics_along():
     f, side = made_up()
     one, other, order = SideStatistics(5), SideStatistics(5), torch.tensor([3, 0, 4, 1, 2])
     for s, x in ((one, f), (other, f[:, order])):
-        s.see(x, side)
+        s.update(x, side)
         s.feel(x, x.cos(), side, 5)
     one.reorder(order)
     for name, value in one.state_dict().items(): torch.testing.assert_close(value, other.state_dict()[name])

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from saenb.core import SaenbError
-from saenb.sources import QuestionSource, TextSource, boot, sided_texts
+from saenb.base.errors import SaenbError
+from saenb.data.sources import QuestionSource, TextSource, boot, sided_texts
 
 
 def lines(path, rows):

@@ -5,13 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saenb import sparse
-from saenb.core import SaenbError
-from saenb.harvest import Batch
-from saenb.runs.base import Run
-from saenb.runs.table import RUNS
-from saenb.sae import MECHANISMS, make_mechanism
-from saenb.sparse import Active, Autoencode
-from saenb.train import Mechanism, TrainConfig, Trainer
+from saenb.base.errors import SaenbError
+from saenb.data.store import Batch
+from saenb.ideas.run import Run
+from saenb.ideas.run import all_runs
+from saenb.sae.gates import MECHANISMS, make_mechanism
+from saenb.sae.sparse_step import Active, Autoencode
+from saenb.train.config import TrainConfig
+from saenb.train.mechanism import Mechanism
+from saenb.train.trainer import Trainer
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -76,7 +78,7 @@ def test_a_training_is_the_same_either_way(store, fresh, monkeypatch, precision,
     assert last["l0"] > 1
 
 
-GATES = {run.id: run for run in RUNS.values() if any(MECHANISMS[name].gate or MECHANISMS[name].after_backward for name, _ in run.mechanisms)}
+GATES = {run.id: run for run in all_runs().values() if any(MECHANISMS[name].gate or MECHANISMS[name].after_backward for name, _ in run.mechanisms)}
 GATES |= {name: Run(name, "", "", ((name, settings),)) for name, settings in (("TopK", dict(k=8)), ("JumpReLU", {}))}
 
 
@@ -89,7 +91,7 @@ def trainer_of(id, store, sae, **config):
         for m in trainer.mechanisms:
             if hasattr(m, "kept"): m.kept[::3] = 0
             if hasattr(m, "threshold") and torch.is_tensor(m.threshold): m.threshold.fill_(0.1)
-            if type(m).__name__ == "SideBlocks": m.working = 192
+            if type(m).__name__ == "SideBlocks": m.n_active = 192
     return trainer
 
 
@@ -107,7 +109,7 @@ def test_gates_learn_what_autograd_says(store, fresh, monkeypatch, id, limit):
     monkeypatch.setattr(sparse, "SPARSE_BELOW", {torch.float32: limit})
     batch = next(store.batches(512, balanced=GATES[id].training.get("balanced", False)))
     trainer, plain = (trainer_of(id, store, fresh()) for _ in range(2))
-    for m in plain.mechanisms: m.concerns = "all"
+    for m in plain.mechanisms: m.gradient_support = "all"
     with torch.no_grad(): before = (batch.x - plain.sae.b_dec) @ plain.sae.W_enc + plain.sae.b_enc
     batch = Batch(*(t[before.abs().amin(1) > 1e-6 * before.abs().amax()] for t in vars(batch).values())) # others, rounded otherwise, may be on one side of zero or on the other
     assert len(batch) > 400
@@ -118,7 +120,7 @@ def test_gates_learn_what_autograd_says(store, fresh, monkeypatch, id, limit):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * max(of_one_kind), msg=lambda m: f"{name}: {m}")
     for m in trainer._with("after_backward"): # what it is shown of the activations' gradient
         ours, theirs = found["f"].grad, expected["f"].grad
-        shown = trainer.sae.ungated(batch.x) > 0 if m.concerns == "active" else torch.ones_like(ours, dtype=torch.bool)
+        shown = trainer.sae.ungated(batch.x) > 0 if m.gradient_support == "active" else torch.ones_like(ours, dtype=torch.bool)
         torch.testing.assert_close(ours[shown], theirs[shown], rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
@@ -127,7 +129,7 @@ def test_a_gated_training_is_the_same_either_way(store, fresh, id):
     def curve(by_hand):
         trainer = trainer_of(id, store, fresh(), steps=40, warmup=10, lr=1e-3, log_every=10)
         if not by_hand:
-            for m in trainer.mechanisms: m.concerns = "all"
+            for m in trainer.mechanisms: m.gradient_support = "all"
         trainer.fit(progress=False)
         return torch.tensor([line["loss"] for line in trainer.history])
     torch.testing.assert_close(curve(True), curve(False), rtol=1e-3, atol=0) # what lies on the border of a choice may be chosen otherwise
@@ -151,5 +153,5 @@ def test_a_gate_that_wakes_features_is_taken_at_its_word(store, fresh):
 def test_what_a_mechanism_concerns_is_one_of_three(store, fresh):
     sae = fresh()
     gate = make_mechanism("HardMask", {}, sae.cfg)
-    gate.concerns = "activ"
+    gate.gradient_support = "activ"
     with pytest.raises(SaenbError, match="no kind of activations for HardMask to concern called 'activ'; did you mean active"): Trainer(sae, store, [gate], TrainConfig(steps=1))

@@ -12,12 +12,12 @@ from hypothesis import given, settings, strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
-from saenb.core import SaenbError
-from saenb.evals.base import Readings, encoded
+from saenb.base.errors import SaenbError
+from saenb.evals.evaluation import Readings, encoded
 from saenb.evals.controls import untrained
-from saenb.evals.sparse_probing import (SETS, SparseProbingSetup, balanced, evaluate, first_weights, fit_on_all, grouped, headline, plot,
-                                        probe_classes, probing_texts, probing_tokens, table, text_means)
-from saenb.sae import SAE, SAEConfig
+from saenb.evals.probing_texts import SETS, SparseProbingSetup, grouped, probing_texts, probing_tokens, text_means
+from saenb.evals.sparse_probing import balanced, evaluate, first_weights, fit_on_all, headline, plot, probe_classes, table
+from saenb.sae.sae import SAE, SAEConfig
 
 NEWS, CODE, EUROPARL, REVIEWS = "fancyzhx/ag_news", "codeparrot/github-code", "Helsinki-NLP/europarl", "canrager/amazon_reviews_mcauley_1and5"
 
@@ -147,7 +147,7 @@ def test_draws_follow_torchs_global_generator(classes, size, chosen, seed):
 def test_means_are_those_of_single_texts(setup, readings, model, fresh):
     texts = [t for group in probing_texts(REVIEWS, setup)[1].values() for t in group][::40] + [" ".join(["The origin of luzebi is kiva."] * 40)]
     sae = fresh()
-    channels, features = text_means(readings, grouped(model.tokenizer, texts, 128), [lambda x: x, lambda x: encoded(sae, x)], at_once=3)
+    channels, features = text_means(readings, grouped(model.tokenizer, texts, 128), [lambda x: x, lambda x: encoded(sae, x)], max_jobs=3)
     for i, text in enumerate(texts):
         ids = model.tokenizer(text, return_tensors="pt")["input_ids"][:, :128]
         assert ids[0, 0] == model.tokenizer.bos_token_id

@@ -7,9 +7,8 @@ import datasets
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from saenb.tasks import (LANGUAGES, ORDER_TASKS, PAIRS, PROFESSIONS, PROBING_TEST, PROBING_TRAIN, biographies, class_words, debates, news, order_rows, reviews, sources,
-                         write_tasks)
-from saenb.world import SHARED_RELATIONS, Writer, WorldConfig, make_facts
+from saenb.data.world_tasks import LANGUAGES, ORDER_TASKS, PAIRS, PROFESSIONS, PROBING_TEST, PROBING_TRAIN, biographies, class_words, debates, news, order_rows, reviews, sources, write_tasks
+from saenb.data.facts import SHARED_RELATIONS, Writer, WorldConfig, make_facts
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ import os
 import pytest
 
 from saenb import lab, trackers
-from saenb.core import SaenbError
-from saenb.train import TrainConfig, Trainer, read_log
+from saenb.base.errors import SaenbError
+from saenb.train.config import TrainConfig
+from saenb.train.checkpoint import read_log
+from saenb.train.trainer import Trainer
 
 SHORT = TrainConfig(steps=30, warmup=5, batch=512, log_every=10, checkpoint_every=10)
 

@@ -3,9 +3,13 @@ import json
 import pytest
 import torch
 
-from saenb.core import SaenbError
-from saenb.harvest import Store
-from saenb.train import CHECKPOINT, LOG, Mechanism, TrainConfig, Trainer, reconstruction_loss, remove_parallel_gradient, sparsity_loss
+from saenb.base.errors import SaenbError
+from saenb.data.store import Store
+from saenb.sae.architectures import sparsity_loss
+from saenb.train.config import TrainConfig, reconstruction_loss, remove_parallel_gradient
+from saenb.train.mechanism import Mechanism
+from saenb.train.checkpoint import CHECKPOINT, LOG
+from saenb.train.trainer import Trainer
 
 SHORT = TrainConfig(steps=60, warmup=10, checkpoint_every=20, log_every=10, batch=512)
 
@@ -129,7 +133,7 @@ class Overflows(Mechanism):
 def test_a_loss_that_is_no_number_names_step_term_and_mechanism(store, fresh, tmp_path):
     with pytest.raises(SaenbError, match=r"step 33: the term 'Overflows.boom' of Overflows is not finite.*checkpoint of step 20 is kept"):
         Trainer(fresh(), store, [Overflows(store.d_in, 256)], SHORT, tmp_path).fit(progress=False)
-    from saenb.core import read_tensors
+    from saenb.base.files import read_tensors
     tensors, about = read_tensors(tmp_path/CHECKPOINT)
     assert about["step"] == 20 and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
@@ -165,7 +169,7 @@ def test_zero_steps_may_be_asked_for_by_name(store, fresh):
 
 
 def test_a_store_of_another_width(store):
-    from saenb.sae import SAE, SAEConfig
+    from saenb.sae.sae import SAE, SAEConfig
     with pytest.raises(SaenbError, match="192 wide and the dictionary reads 64"): Trainer(SAE(SAEConfig(d_in=64, d_sae=8)), store)
 
 

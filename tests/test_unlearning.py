@@ -5,19 +5,22 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from saenb.core import SaenbError
-from saenb.evals.base import corpus_rows, reference_rows
-from saenb.evals.controls import as_logged, principal_components, random_features, supervised_ceiling, told_sides, untrained
-from saenb.evals.unlearning import (ORDERS, REFERENCE, Clamps, Exam, Grid, bootstrap, choose_features, clamp_value, evaluate, judge, letter_tokens,
-                                    plain_answers, question_prompt, selectivity, settings_of, trade_off, usage)
-from saenb.sae import SAE, SAEConfig
-from saenb.sources import boot
+from saenb.base.errors import SaenbError
+from saenb.evals.evaluation import corpus_rows, reference_rows
+from saenb.evals.controls import as_logged, principal_components, random_features, supervised_reference, corpus_activations, untrained
+from saenb.data.questions import ORDERS, letter_tokens, question_prompt
+from saenb.evals.exam import REFERENCE, Exam, Grid, choose_features, feature_stats
+from saenb.evals.interventions.clamp import Clamps
+from saenb.evals.interventions.intervention import plain_answers
+from saenb.evals.unlearning import bootstrap, clamp_value, evaluate, run_settings, selectivity, settings_of, trade_off
+from saenb.sae.sae import SAE, SAEConfig
+from saenb.data.sources import boot
 
 
 @pytest.fixture(scope="module")
 def dictionaries(trained, exam, store):
     x = store.rows(0, 8192).x
-    return dict(trained=trained, untrained=untrained(trained.cfg, x), ceiling=supervised_ceiling(trained.cfg, **told_sides(exam)),
+    return dict(trained=trained, untrained=untrained(trained.cfg, x), ceiling=supervised_reference(trained.cfg, **corpus_activations(exam)),
                 components=principal_components(trained.cfg, x))
 
 
@@ -68,15 +71,15 @@ def test_reference_rows_are_cut_as_the_reference_cuts(model):
 
 
 def test_features_are_chosen_by_density():
-    from saenb.evals.unlearning import Usage
-    use = Usage(forget=np.array([0.5, 0.2, 0.0, 0.3, 0.1]), retain=np.array([0.4, 0.0, 0.0, 0.0005, 0.001]), typical=np.ones(5))
+    from saenb.evals.exam import FeatureStats
+    use = FeatureStats(forget=np.array([0.5, 0.2, 0.0, 0.3, 0.1]), retain=np.array([0.4, 0.0, 0.0, 0.0005, 0.001]), typical=np.ones(5))
     assert choose_features(use, 0.001).tolist() == [3, 1]
     assert choose_features(use, 0.01).tolist() == [3, 1, 4]
     assert choose_features(use, 0.0).tolist() == []
 
 
 def test_densities_against_a_count_by_hand(exam, trained, model):
-    use = usage(exam, trained)
+    use = feature_stats(exam, trained)
     rows = corpus_rows(model.tokenizer, exam.setup)["retain"]
     active, tokens = torch.zeros(trained.cfg.d_sae), 0
     for row in rows:
@@ -90,10 +93,10 @@ def test_densities_against_a_count_by_hand(exam, trained, model):
 def test_fast_equals_plain_on_every_dictionary(exam, dictionaries):
     """Question by question; abandoned settings really are below the lowest share of interest."""
     for name, sae in dictionaries.items():
-        use = usage(exam, sae)
+        use = feature_stats(exam, sae)
         grid = Grid(thresholds=(0.001, 0.6), n_features=(3, 12), multipliers=(2, 40))
         settings = settings_of(grid, use)
-        rows, clamps = judge(exam, sae, settings, use)
+        rows, clamps = run_settings(exam, sae, settings, use)
         for row, setting in zip(rows, settings):
             plain = plain_answers(exam, sae, setting["features"], clamp_value(setting, use)) if len(setting["features"]) else exam.base
             retain = plain[~exam.forgets].float().mean().item()
@@ -104,7 +107,7 @@ def test_fast_equals_plain_on_every_dictionary(exam, dictionaries):
 
 def test_the_score_is_the_references_formula(exam, trained, results):
     result = results["trained"]["eval_result_unstructured"]
-    use = usage(exam, trained)
+    use = feature_stats(exam, trained)
     shares = []
     for setting in settings_of(REFERENCE, use):
         right = plain_answers(exam, trained, setting["features"], setting["multiplier"]) if len(setting["features"]) else exam.base
@@ -134,7 +137,7 @@ def test_controls_stand_where_they_must(exam, results, trained):
 
 def test_what_is_computed_once_is_the_same(exam, trained):
     """Two settings share a place exactly if they have made the same stream of the question up to there."""
-    use = usage(exam, trained)
+    use = feature_stats(exam, trained)
     chosen = choose_features(use, 0.6)
     rare = [f for f in chosen if use.retain[f] < 0.01]
     lists = [chosen[:12], chosen[:3], rare[:3], chosen[:3], rare[:6], []]
@@ -155,7 +158,7 @@ def test_what_is_computed_once_is_the_same(exam, trained):
 def test_a_model_in_half_precision(exam, trained, world):
     """The fast path and the long one agree there too, but for questions that rounding decides."""
     half = Exam(boot(world.path/"model", dtype="bfloat16"), replace(exam.setup, lowest_retain=0.0), exam.layer)
-    features = choose_features(usage(half, trained), 0.01)[:10]
+    features = choose_features(feature_stats(half, trained), 0.01)[:10]
     outcome, = Clamps(half, trained, [(features, torch.full((len(features),), 8.0))]).run()
     plain = plain_answers(half, trained, features, 8.0)
     assert (outcome.right == plain).float().mean() > 0.97 and plain.float().mean() < 0.99
@@ -199,7 +202,7 @@ def test_a_dictionary_of_another_width(exam):
 
 
 def test_a_corpus_shorter_than_a_row(exam, model, tmp_path):
-    from saenb.sources import TextSource
+    from saenb.data.sources import TextSource
     (tmp_path/"short.txt").write_text("The host of rufige is tako and nothing else is known about it at all.")
     with pytest.raises(SaenbError, match="does not fill one row of 128 tokens"):
         corpus_rows(model.tokenizer, replace(exam.setup, forget=TextSource(str(tmp_path/"short.txt"))))

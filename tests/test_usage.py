@@ -2,10 +2,12 @@
 import pytest
 import torch
 
-from saenb.core import SaenbError
-from saenb.sae import make_mechanism
-from saenb.train import Mechanism, TrainConfig, Trainer
-from saenb.usage import UsageResets
+from saenb.base.errors import SaenbError
+from saenb.sae.gates import make_mechanism
+from saenb.train.config import TrainConfig
+from saenb.train.mechanism import Mechanism
+from saenb.train.trainer import Trainer
+from saenb.ideas.resets import UsageResets
 
 LENGTH = TrainConfig(steps=120, lr=1e-3, warmup=10, batch=512)
 
@@ -43,7 +45,7 @@ def test_everything_of_a_renewed_feature_is_new_and_nothing_of_the_others(traine
     centre, use = [v.clone() for v in moments(t.sae.b_dec)], mechanism.use.clone()
     t.since_fired.fill_(7)
     rows, x = torch.randn(2, 192), next(store.batches(2048, 3)).x.float()
-    t.renew(which, rows, x)
+    t.reset_features(which, rows, x)
     for name, (p, dim) in parts.items():
         for now, then in zip((p, *moments(p)), before[name]): assert torch.equal(now.index_select(dim, others), then)
         for v in moments(p): assert not v.index_select(dim, which).any()

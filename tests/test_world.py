@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from saenb.core import SaenbError
-from saenb.presets import preset
-from saenb.world import ASKED, FORGET, STUDIED, SUBJECTS, World, WorldConfig, Writer, fast_logits, make_facts, make_model, make_tokenizer
+from saenb.base.errors import SaenbError
+from saenb.lab.preset_files import find_preset
+from saenb.data.facts import ASKED, FORGET, STUDIED, SUBJECTS, WorldConfig, Writer, make_facts
+from saenb.data.world import World
+from saenb.data.world_model import fast_logits, make_model, make_tokenizer
 
 SMALL = WorldConfig(seed=3, names=4, forget_names=4, relations=2, width=64, layers=2, drills=4, steps=4, finish=4, texts=40)
 
@@ -96,7 +98,7 @@ def test_a_small_world_from_nothing(tmp_path):
     again = World.build(tmp_path/"again", SMALL)
     assert {k: v for k, v in again.about.items() if k != "minutes"} == {k: v for k, v in world.about.items() if k != "minutes"}
     with pytest.raises(SaenbError, match="holds a world already"): World.build(tmp_path/"w", SMALL)
-    quick, full = preset(str(tmp_path/"w")), preset(f"{tmp_path/'w'}-full")
+    quick, full = find_preset(str(tmp_path/"w")), find_preset(f"{tmp_path/'w'}-full")
     assert (quick.name, full.name) == ("w", "w-full") and quick.model == full.model == str(tmp_path/"w"/"model")
     assert full.training.steps > quick.training.steps and full.seeds >= 3
 

@@ -1,0 +1,1 @@
+"""What everything stands on: errors, schemas, files, locks and declarations."""

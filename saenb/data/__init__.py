@@ -1,0 +1,1 @@
+"""Where texts, models and streams come from."""

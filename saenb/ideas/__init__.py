@@ -1,0 +1,1 @@
+"""The ideas: runs, experiments and their mechanisms."""

@@ -1,0 +1,1 @@
+"""Figures, comparisons, run logs and pages, made from records."""

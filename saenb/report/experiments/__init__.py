@@ -1,0 +1,1 @@
+"""Figures and analyses of one experiment each."""

@@ -1,0 +1,1 @@
+"""Dictionaries as other tools write them."""
