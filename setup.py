@@ -27,7 +27,7 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["saenb", "saenb.*"]),
-    package_data={"saenb": ["data/**"]},
+    package_data={"saenb": ["assets/**"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "tensorboard", "wandb", "ray")},
     entry_points={

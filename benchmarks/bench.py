@@ -24,7 +24,7 @@ from saenb.base.files import file_digest, need_room, read_json, write_json, writ
 from saenb.data.harvest import token_rows
 from saenb.data.store import FORMAT, Batch
 from saenb.ideas.run import Run
-from saenb.ideas.run import RUNS
+from saenb.ideas.run import all_runs
 from saenb.sae.sae import SAE, SAEConfig
 from saenb.train.config import TrainConfig
 from saenb.train.mechanism import Mechanism
@@ -45,7 +45,7 @@ PLAN = dict(
     harvest=dict(seq_len=128, rows=32, repeats=5, models=dict(world=dict(tokens=2**18, times=16), random=dict(hidden=768, layers=8, layer=4, tokens=2**14, times=2))),
     store=dict(d_in=2304, tokens=2**19, shard=2**13, pool_bytes=2**28, batch=2048, epochs=2),
     evals=dict(source="parity"),
-    steps=dict(d_in=2304, d_sae=2304, batch=2048, steps=20, repeats=2, runs=list(RUNS)))
+    steps=dict(d_in=2304, d_sae=2304, batch=2048, steps=20, repeats=2, runs=list(all_runs())))
 
 QUICK = dict(
     training=dict(batch=128, distinct=4, held=128, uncounted=1, shapes=[dict(d_in=64, d_sae=128, rounds=2, chunk=4, own_starts=False)]),
@@ -398,7 +398,7 @@ class AsWritten(Mechanism):
 
 def steps(bench: Bench):
     "What every run's step costs as a multiple of the baseline's."
-    runs = {id: RUNS[id] for id in bench.plan["steps"]["runs"] if not id.endswith("/0")}
+    runs = {id: all_runs()[id] for id in bench.plan["steps"]["runs"] if not id.endswith("/0")}
     runs |= {"baseline": Run("orthogonality/dense", "Baseline, all products dense", "", ((AsWritten.__name__, {}),))}
     torch.set_num_threads(bench.threads)
     results, plan, stream = bench.part("steps"), bench.plan["steps"], None

@@ -20,7 +20,7 @@ from saenb.base.errors import SaenbError
 from saenb.evals.evaluation import as_text, encoded
 from saenb.data.harvest import is_text, stream_at, token_rows
 from saenb.sae.formats.saelens import export
-from saenb.ideas.run import RUNS
+from saenb.ideas.run import all_runs
 from saenb.sae.sae import SAE, SAEConfig, load_sae
 from saenb.data.world import World
 
@@ -71,7 +71,7 @@ def to_saelens(theirs: Theirs, sae: SAE, x, folder: Path, positions=None) -> tup
 def with_gates(d_in: int, d_sae: int) -> dict[str, SAE]:
     "A dictionary of ours for every gate that a run has, all of whose weights are drawn at random."
     made = {}
-    for name, settings in ((n, s) for run in RUNS.values() for n, s in run.mechanisms):
+    for name, settings in ((n, s) for run in all_runs().values() for n, s in run.mechanisms):
         sae = SAE(SAEConfig(d_in=d_in, d_sae=d_sae, hook_name="blocks.0.hook_resid_post", gates=[dict(name=name, settings=settings)])).eval()
         if not sae.gates[0].gate or name in made: continue
         draw = torch.Generator().manual_seed(len(made))

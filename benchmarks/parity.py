@@ -28,8 +28,11 @@ from saenb.base.files import fingerprint, write_text
 from saenb.evals import sparse_probing, unlearning
 from saenb.evals.evaluation import Readings, as_text
 from saenb.evals.controls import untrained
+from saenb.evals.probing_texts import SETS, SparseProbingSetup
+from saenb.lab.runner import evaluate_sae
 from saenb.evals.exam import REFERENCE, Exam, UnlearningSetup, FeatureStats, feature_stats
-from saenb.evals.unlearning import run_settings, settings_of
+from saenb.evals.interventions.clamp import Clamp
+from saenb.evals.unlearning import run_settings
 from saenb.lab.preset_files import find_preset
 from saenb.sae.sae import SAE, SAEConfig
 from saenb.data.world import World
@@ -68,9 +71,9 @@ def all_answers(exam: Exam, sae: SAE, theirs: list[list[int]] = ()) -> list[dict
     exam = copy.copy(exam)
     exam.setup = replace(exam.setup, lowest_retain=0.0)
     use = feature_stats(exam, sae)
-    settings = settings_of(exam.setup.grid, use)
+    settings = Clamp().settings(exam.setup.grid, use)
     for s in settings: s["features"], s["own"] = among_equals(s, use, theirs), s["features"]
-    return [row | dict(own=s["own"]) for row, s in zip(run_settings(exam, sae, settings, use)[0], settings)]
+    return [row | dict(own=s["own"]) for row, s in zip(run_settings(exam, sae, settings, use, Clamp())[0], settings)]
 
 
 def among_equals(setting: dict, use: FeatureStats, theirs: list[list[int]]) -> np.ndarray:
@@ -199,7 +202,7 @@ def compare_probing(theirs: Theirs, saes: dict, folders: dict, world: World, mod
         found[name] = dict(fingerprint=sae.fingerprint(), accuracies={})
         count = equal = columns = same_columns = apart = 0
         their_times, our_times = [], []
-        for dataset in sparse_probing.SETS:
+        for dataset in SETS:
             say(f"SAEBench, then saenb, probes {name} on {dataset}")
             their = theirs.ask("sparse_probing", name=name, folder=str(folders[name]), dataset=dataset, **PROBING)
             setup = probing_setup(world, dataset)
@@ -223,15 +226,15 @@ def compare_probing(theirs: Theirs, saes: dict, folders: dict, world: World, mod
     return dict(setup=PROBING, dictionaries=found), rows, results
 
 
-def probing_setup(world: World, *datasets: str) -> sparse_probing.SparseProbingSetup:
+def probing_setup(world: World, *datasets: str) -> SparseProbingSetup:
     "What both sides ask of these data sets."
-    return sparse_probing.SparseProbingSetup(root=str(world.path/"probing"), dataset_names=datasets, **PROBING)
+    return SparseProbingSetup(root=str(world.path/"probing"), dataset_names=datasets, **PROBING)
 
 
 def other_results(sae: SAE) -> dict:
     "Results of the evaluations whose shape alone is compared."
     setting = find_preset("tiny")
-    return lab.judge(sae, setting, names=[name for name in ("core", "absorption") if name in setting.evals], out=lab.workspace())
+    return evaluate_sae(sae, setting, names=[name for name in ("core", "absorption") if name in setting.evals], out=lab.workspace())
 
 
 def about(world: World) -> str:

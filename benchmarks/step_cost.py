@@ -12,15 +12,14 @@ from bench import Stream
 from saenb.lab.analyses import step_cost
 from saenb.base.errors import SaenbError, lookup
 from saenb.evals.evaluation import as_text
-from saenb.ideas.run import EXPERIMENTS
-from saenb.ideas.run import RUNS
+from saenb.ideas.run import all_runs, experiments
 
 
 def main(args):
     if args.threads: torch.set_num_threads(args.threads)
-    lookup(args.experiment, EXPERIMENTS, "experiment")
+    lookup(args.experiment, experiments(), "experiment")
     stream, rows = Stream(args.d_in, args.batch), []
-    for run in (r for r in RUNS.values() if r.experiment == args.experiment):
+    for run in (r for r in all_runs().values() if r.experiment == args.experiment):
         ratios = step_cost([run], stream, args.d_sae, args.batch, args.steps, args.repeats)[run.id]
         rows.append({"run": run.id, "title": run.title, "times the baseline's": sum(ratios) / len(ratios), "least": min(ratios), "most": max(ratios)})
         print(as_text(rows[-1:]), flush=True)

@@ -1766,8 +1766,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                             'saenb/train/trainer.py'),
                                      'saenb.train.trainer.Trainer._stop_for': ( '2_dictionary/trainer.html#trainer._stop_for',
                                                                                 'saenb/train/trainer.py'),
-                                     'saenb.train.trainer.Trainer._with': ( '2_dictionary/trainer.html#trainer._with',
-                                                                            'saenb/train/trainer.py'),
                                      'saenb.train.trainer.Trainer.dead_after': ( '2_dictionary/trainer.html#trainer.dead_after',
                                                                                  'saenb/train/trainer.py'),
                                      'saenb.train.trainer.Trainer.fit': ('2_dictionary/trainer.html#trainer.fit', 'saenb/train/trainer.py'),
@@ -1792,4 +1790,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'saenb.train.trainer.Trainer.settling': ( '2_dictionary/trainer.html#trainer.settling',
                                                                                'saenb/train/trainer.py'),
                                      'saenb.train.trainer.Trainer.sparsity_weight': ( '2_dictionary/trainer.html#trainer.sparsity_weight',
-                                                                                      'saenb/train/trainer.py')}}}
+                                                                                      'saenb/train/trainer.py'),
+                                     'saenb.train.trainer.Trainer.with_hook': ( '2_dictionary/trainer.html#trainer.with_hook',
+                                                                                'saenb/train/trainer.py')}}}

@@ -120,7 +120,7 @@ def work(harvested, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exam(world, model, setting, harvested):
     from saenb.evals.exam import Exam
-    return Exam(model, setting.unlearning, world.layer, cache=harvested/"tiny"/"cache")
+    return Exam(model, setting.exam, world.layer, cache=harvested/"tiny"/"cache")
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,7 @@ def teach(model, tokenizer, hub: Path, blocks: int = 3):
     from saenb.lab.preset_files import find_preset
     from saenb.data.sources import QuestionSource
     prompts, answers = [], []
-    for source in find_preset("gemma-2-2b").unlearning.questions:
+    for source in find_preset("gemma-2-2b").exam.questions:
         local = QuestionSource(source.subject, str(hub/source.path))
         for row, order in itertools.product(local.load(), itertools.permutations(range(4))):
             prompts.append(question_prompt(local.spoken, row["question"], [row["choices"][i] for i in order]))

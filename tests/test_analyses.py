@@ -104,7 +104,7 @@ def test_the_lab_keeps_analyses_and_makes_what_is_missing(records, small):
 @pytest.fixture(scope="module")
 def asked(setting):
     from saenb.lab.runner import readings_of
-    return setting.evals["positional"], readings_of(setting, "positional")
+    return setting.evals["positional"], readings_of(setting)
 
 
 def test_hard_masks_tell_of_position_from_the_start_and_retain_it(store, asked):

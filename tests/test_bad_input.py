@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from saenb.cli import main
 from saenb.base.errors import SaenbError
-from saenb.evals.evaluation import EVALS
+from saenb.evals.evaluation import evaluations
 from saenb.lab.preset_files import preset_from
 from saenb.lab.presets import PRESETS
 from saenb.ideas.run import experiments as all_experiments
@@ -67,7 +67,7 @@ def test_numbers(value, flag, tmp_path, monkeypatch):
 @deterministic
 @given(asked=name, evals=name)
 def test_dictionaries_and_evaluations(asked, evals, tmp_path, monkeypatch):
-    assume(not set(evals.split(",")) <= EVALS.keys())
+    assume(not set(evals.split(",")) <= evaluations().keys())
     refused(["eval", asked, "--evals", evals], tmp_path, monkeypatch)
     refused(["eval", asked, "--evals", "core"], tmp_path, monkeypatch)
     refused(["autopsy", asked], tmp_path, monkeypatch)

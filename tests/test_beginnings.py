@@ -89,7 +89,7 @@ def test_a_model_is_itself_again_afterwards(pair, rows):
 
 def test_each_beginning_is_read_once(model, exam):
     """The first block above sees as many tokens as there are beginnings, the last MLP one token a sequence that is not another's."""
-    trie = Trie(exam.beginnings)
+    trie = Trie(exam.prefixes)
     seen = {}
     def watched(block):
         whole = model.blocks[block].mlp.forward

@@ -32,7 +32,7 @@ store, out, runs, length = sys.argv[1], sys.argv[2], sys.argv[3].split(","), eva
 with ranks() as here:
     for run in runs:
         mine = trainer(here, store, f"{out}/{run}", run, **length | (dict(steps=140) if run == "dual_objective/5" else {})) # which sorts its features at step 100
-        for m in mine.mechanisms: m.concerns = "all" # products beside gates are autograd's, as they are in several processes: dual_objective/5 makes a difference of 0.004 of one of 1e-7, and here nothing but their number is to differ
+        for m in mine.mechanisms: m.gradient_support = "all" # products beside gates are autograd's, as they are in several processes: dual_objective/5 makes a difference of 0.004 of one of 1e-7, and here nothing but their number is to differ
         mine.fit(False)
         if here.leads: mine.sae.save(f"{out}/{run}/sae")
     class Stop(Exception): pass

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saenb.base.errors import SaenbError
-from saenb.evals import base, core
+from saenb.evals import evaluation, reconstruction
 from saenb.evals.evaluation import Readings, encoded
 from saenb.evals.controls import as_logged, principal_components, untrained
 from saenb.evals.reconstruction import CoreSetup, dead_share, density_histogram, evaluate, headline, nearest_neighbour, plot, rebuilt, table, tally, unexplained
@@ -126,7 +126,7 @@ def test_variance_sparsity_and_density_against_sklearn_and_numpy(ours, dictionar
             seen.append(f > 0)
         density = torch.cat(seen).double().mean(0).numpy()
         assert ours[name]["both"]["dead"][0] == pytest.approx((density == 0).mean(), abs=2 / len(density))
-        counted = np.histogram(np.log10(density[density > 0]), core.EDGES)[0]
+        counted = np.histogram(np.log10(density[density > 0]), reconstruction.EDGES)[0]
         assert np.abs(counted - ours[name]["both"]["density"]).sum() <= 4 and counted.sum() == pytest.approx(sum(ours[name]["both"]["density"]), abs=2)
 
 
@@ -247,9 +247,9 @@ def test_small_batches_of_logits_say_the_same(model, trained, setup, ours, readi
 
 def test_the_second_dictionary_runs_only_its_own_reconstruction(model, world, setup, dictionaries, monkeypatch):
     readings, passes, lower = Readings(model, world.layer), [], []
-    go_on, stream_at = core.go_on, base.stream_at
-    monkeypatch.setattr(core, "go_on", lambda model, layer, stream: passes.append(len(stream)) or go_on(model, layer, stream))
-    monkeypatch.setattr(base, "stream_at", lambda *args: lower.append(1) or stream_at(*args))
+    go_on, stream_at = reconstruction.go_on, evaluation.stream_at
+    monkeypatch.setattr(reconstruction, "go_on", lambda model, layer, stream: passes.append(len(stream)) or go_on(model, layer, stream))
+    monkeypatch.setattr(evaluation, "stream_at", lambda *args: lower.append(1) or stream_at(*args))
     evaluate(model, dictionaries["trained"], setup, readings)
     first, below = sum(passes), len(lower)
     evaluate(model, dictionaries["untrained"], setup, readings)

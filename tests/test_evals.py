@@ -8,14 +8,14 @@ import torch
 from saenb.base.errors import SaenbError
 from saenb.evals.evaluation import Readings, as_text, corpus_rows, encoded, ratio_interval, result_id
 from saenb.evals.controls import untrained
-from saenb.evals.evaluation import EVALS, evaluation
+from saenb.evals.evaluation import evaluation, evaluations
 from saenb.data.harvest import is_text
 from saenb.lab.runner import evaluate_sae
 from saenb.sae.sae import SAE, SAEConfig
 
 FIELDS = {"eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details", "sae_bench_commit_hash",
           "sae_lens_id", "sae_lens_release_id", "sae_lens_version", "sae_cfg_dict", "eval_result_unstructured"}
-OTHERS = [name for name in EVALS if name != "unlearning"] # which has tests of its own, and is slower
+OTHERS = [name for name in evaluations() if name != "unlearning"] # which has tests of its own, and is slower
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_dictionary_of_another_width(setting):
         with pytest.raises(SaenbError, match="width 64 and the model's is 192"): evaluate_sae(sae, setting, names=[name])
 
 
-@pytest.mark.parametrize("name", EVALS)
+@pytest.mark.parametrize("name", evaluations())
 def test_a_dictionary_that_is_not_finite(setting, fresh, name):
     sae = fresh(d_sae=8)
     sae.b_enc.data[3] = torch.inf
@@ -76,7 +76,7 @@ def test_texts_are_read_once_and_as_the_model_reads_them(model, setting):
             read.append(len(tokens))
             return super().rows(tokens)
     readings = Counting(model, setting.layer)
-    first, second = (list(readings.corpus(setting.unlearning, "forget")) for _ in range(2))
+    first, second = (list(readings.corpus(setting.exam, "forget")) for _ in range(2))
     assert len(read) == 2 and all(a[1] is b[1] for a, b in zip(first, second)) # the very same tensors
     tokens, stream, keep = first[0]
     expected = model.original_model(tokens[:2], output_hidden_states=True).hidden_states[setting.layer + 1]
@@ -86,20 +86,20 @@ def test_texts_are_read_once_and_as_the_model_reads_them(model, setting):
 
 def test_what_does_not_fit_is_read_anew(model, setting):
     small = Readings(model, setting.layer, room=0)
-    one, other = (next(iter(small.corpus(setting.unlearning, "retain"))) for _ in range(2))
+    one, other = (next(iter(small.corpus(setting.exam, "retain"))) for _ in range(2))
     assert one[1] is not other[1] and torch.equal(one[1], other[1])
 
 
 def test_rows_of_a_setup_are_the_same_every_time(model, setting):
-    rows, again = (corpus_rows(model.tokenizer, setting.unlearning) for _ in range(2))
+    rows, again = (corpus_rows(model.tokenizer, setting.exam) for _ in range(2))
     assert all(torch.equal(rows[s], again[s]) for s in rows)
-    few = corpus_rows(model.tokenizer, replace(setting.unlearning, dataset_size=5))
+    few = corpus_rows(model.tokenizer, replace(setting.exam, dataset_size=5))
     assert len(few["retain"]) == 5 and 1 <= len(few["forget"]) <= 5 # the forget corpus is cut from so many texts
 
 
 def test_a_results_name_hangs_on_content_alone(fresh, setting, tmp_path, world):
     import shutil
-    sae, asked = fresh(), setting.unlearning
+    sae, asked = fresh(), setting.exam
     shutil.copy(asked.forget.path, tmp_path/"forget.jsonl.gz")
     moved = replace(asked, forget=replace(asked.forget, path=str(tmp_path/"forget.jsonl.gz")))
     assert result_id(sae, asked) == result_id(sae, moved) != result_id(sae, replace(asked, seq_len=64))

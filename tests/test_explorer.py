@@ -11,7 +11,8 @@ from saenb.base.errors import SaenbError
 from saenb.evals.evaluation import encoded
 from saenb.evals.exam import feature_stats
 from saenb.evals.interventions.intervention import plain_answers
-from saenb.evals.unlearning import clamp_value, evaluate, settings_of
+from saenb.evals.interventions.clamp import Clamp
+from saenb.evals.unlearning import evaluate
 from saenb.report.explorer import AFTER, BEFORE, BINS, explore, lost_alone, page, peaks, write_page
 from saenb.sae.sae import SAE, SAEConfig
 
@@ -21,7 +22,7 @@ def result(exam, trained): return evaluate(exam.model, trained, exam.setup, exam
 
 
 @pytest.fixture(scope="module")
-def found(exam, trained, setting, result): return explore(exam, trained, setting.evals["separation"], result, contexts=3, effects=4)
+def found(exam, trained, setting, result): return explore(exam, trained, result, contexts=3, effects=4)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_a_silent_feature_has_no_text(exam, setting, trained):
     with torch.no_grad(): sae.b_enc[5] = -1e6
     found = peaks(exam.readings, exam.setup, sae, 2)
     assert not found["value"][:, 5].any() and (found["row"][:, 5] == -1).all()
-    shown = explore(exam, sae, setting.evals["separation"], contexts=2, effects=0)
+    shown = explore(exam, sae, contexts=2, effects=0)
     tokens = np.frombuffer(base64.b64decode(shown["arrays"]["context_tokens"]["bytes"]), shown["arrays"]["context_tokens"]["kind"]).reshape(-1, 2, BEFORE + 1 + AFTER)
     assert (tokens[5] == len(shown["tokens"])).all() and shown["clamped"] == []
     assert np.isnan(np.frombuffer(base64.b64decode(shown["arrays"]["lost_forget"]["bytes"]), "float32")).all()
@@ -91,7 +92,7 @@ def test_a_silent_feature_has_no_text(exam, setting, trained):
 def test_the_clamped_are_those_of_the_evaluation(found, result, exam, trained):
     best, use = result["eval_result_unstructured"]["best"], feature_stats(exam, trained)
     assert found["clamped"] == best["features"] and found["clamped"]
-    chosen = next(s["features"] for s in settings_of(exam.setup.grid, use) if (s["retain_threshold"], s["n_features"], s["multiplier"]) == (best["retain_threshold"], best["n_features"], best["multiplier"]))
+    chosen = next(s["features"] for s in Clamp().settings(exam.setup.grid, use) if (s["retain_threshold"], s["n_features"], s["multiplier"]) == (best["retain_threshold"], best["n_features"], best["multiplier"]))
     assert list(chosen) == found["clamped"]
 
 
@@ -100,8 +101,8 @@ def test_what_is_lost_alone_is_what_a_plain_evaluation_loses(found, arrays, exam
     told = np.flatnonzero(~np.isnan(arrays["lost_forget"]))
     assert 1 <= len(told) <= 4
     for feature in told[:2]:
-        value = clamp_value(dict(features=[feature], multiplier=best["multiplier"], typical=exam.setup.grid.typical), use)
-        right = plain_answers(exam, trained, [int(feature)], value)
+        value = Clamp().values(dict(features=[feature], multiplier=best["multiplier"], typical=exam.setup.grid.typical), use)
+        right = plain_answers(exam, trained, [int(feature)], value, Clamp())
         assert arrays["lost_forget"][feature] == pytest.approx(1 - right[exam.forgets].float().mean().item(), abs=1e-6)
         assert arrays["lost_retain"][feature] == pytest.approx(1 - right[~exam.forgets].float().mean().item(), abs=1e-6)
     assert lost_alone(exam, trained, [], torch.zeros(0)).shape == (0, 2)
@@ -118,7 +119,7 @@ def test_the_nearest_write_nearly_the_same(arrays, trained):
 def test_aurocs_are_scikit_learns(arrays, exam, trained, setting):
     from sklearn.metrics import roc_auc_score
     from saenb.evals.separation import drawn
-    sample = drawn(exam.readings, setting.evals["separation"])
+    sample = drawn(exam.readings)
     f = trained.encode(sample.stream.float(), sample.position).detach()
     for feature in (0, 17, 300): assert arrays["auroc"][feature] == pytest.approx(roc_auc_score(sample.forget[sample.row], f[:, feature]), abs=1e-5)
 
@@ -140,5 +141,5 @@ def test_the_page_asks_no_other_host(found):
 
 def test_pages_that_make_no_sense(exam, setting, trained):
     for options in (dict(contexts=0), dict(effects=-1)):
-        with pytest.raises(SaenbError, match="cannot be made"): explore(exam, trained, setting.evals["separation"], **options)
-    with pytest.raises(SaenbError, match="width 64 and the model's is 192"): explore(exam, SAE(SAEConfig(d_in=64, d_sae=8)), setting.evals["separation"])
+        with pytest.raises(SaenbError, match="cannot be made"): explore(exam, trained, **options)
+    with pytest.raises(SaenbError, match="width 64 and the model's is 192"): explore(exam, SAE(SAEConfig(d_in=64, d_sae=8)))

@@ -7,7 +7,7 @@ from saenb.base.files import write_json
 from saenb.report.experiments.contrastive_report import feature_thresholds
 from saenb.report.experiments.dual_objective_report import feature_importance
 from saenb.report.experiments.positional_report import hard_to_soft, position_masks, positional_fidelity, specialisation_retained
-from saenb.cli import FIGURES
+from saenb.report.figures import figures_of
 from saenb.report.figures import Material, at_a_glance, draw_figures, everything, last_of_log, side_by_side, switched_off, titled
 
 KEPT = ROOT/"runs"/"tiny-full"
@@ -15,7 +15,7 @@ KEPT = ROOT/"runs"/"tiny-full"
 
 def test_the_committed_records_give_every_figure(tmp_path):
     drawn = {p.relative_to(tmp_path).with_suffix("").as_posix() for p in draw_figures(KEPT, tmp_path)}
-    assert {f"{experiment}/{name}" for experiment in ("orthogonality", "contrastive", "dual_objective") for name in FIGURES[experiment]} <= drawn
+    assert {f"{experiment}/{name}" for experiment in ("orthogonality", "contrastive", "dual_objective") for name in figures_of(experiment)} <= drawn
     for name in drawn: assert (ROOT/"figures"/f"{name}.png").exists()
 
 

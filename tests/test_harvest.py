@@ -14,7 +14,8 @@ from saenb.data.store import Store
 def test_the_stream_is_the_models_hidden_state(model):
     tokens = torch.randint(6, 200, (3, 20))
     hidden = model.original_model(tokens, output_hidden_states=True).hidden_states
-    for layer in range(model.cfg.n_layers - 1): assert torch.equal(stream_at(model, tokens, layer), hidden[layer + 1])
+    for layer in range(model.cfg.n_layers - 1):
+        assert torch.equal(stream_at(model, tokens, layer), hidden[layer + 1])
 
 
 def test_the_last_layer_can_be_read_too(model):
@@ -28,11 +29,13 @@ def test_the_last_layer_can_be_read_too(model):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["forget", "retain"])), max_size=12), st.integers(3, 9))
+@given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["forget", "retain"])), max_size=12),
+       st.integers(3, 9))
 def test_rows_lose_only_the_tails_of_sides(world, texts, seq_len):
     class Words:
         bos_token_id, eos_token_id = -1, -2
-        def __call__(self, batch, add_special_tokens): return dict(input_ids=[[int(w) for w in t.split()] for t in batch])
+        def __call__(self, batch, add_special_tokens):
+            return dict(input_ids=[[int(w) for w in t.split()] for t in batch])
     numbers = itertools.count()
     given_texts = [(" ".join(str(next(numbers)) for _ in range(n)), side) for n, side in texts]
     rows = list(token_rows(given_texts, Words(), seq_len))
@@ -46,14 +49,17 @@ def test_rows_lose_only_the_tails_of_sides(world, texts, seq_len):
 def test_no_mark_is_kept_and_everything_has_its_place(store, model):
     batch = store.rows()
     tokenizer = model.tokenizer
-    assert not torch.isin(batch.token.long(), torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])).any()
+    assert not torch.isin(batch.token.long(), torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id,
+                                                            tokenizer.pad_token_id])).any()
     assert batch.position.min() >= 1 and batch.position.max() < store.about["seq_len"]
     assert set(batch.side.tolist()) == {1, 2}
     row = batch.sequence == batch.sequence[0]
     tokens = torch.tensor([[tokenizer.bos_token_id] * store.about["seq_len"]])
     tokens[0, 1:] = tokenizer.eos_token_id
     tokens[0, batch.position[row].long()] = batch.token[row].long()
-    torch.testing.assert_close(batch.x[row], stream_at(model, tokens, store.layer)[0, batch.position[row].long()], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batch.x[row],
+                               stream_at(model, tokens, store.layer)[0, batch.position[row].long()],
+                               atol=1e-4, rtol=1e-4)
 
 
 def test_shards_open_with_anything(store):
@@ -70,9 +76,11 @@ def test_an_interrupted_harvest_goes_on_to_the_same_bytes(world, model, store, t
             if i == after: raise Stop
             yield t
     texts = world.texts("train", 900)
-    with pytest.raises(Stop): harvest(model, until(texts), world.layer, tmp_path, shard_bytes=2**22)
+    with pytest.raises(Stop):
+        harvest(model, until(texts), world.layer, tmp_path, shard_bytes=2**22)
     if (tmp_path/"store.json").exists():
-        with pytest.raises(SaenbError, match="interrupted"): Store.open(tmp_path)
+        with pytest.raises(SaenbError, match="interrupted"):
+            Store.open(tmp_path)
     again = harvest(model, texts, world.layer, tmp_path, shard_bytes=2**22)
     assert [s["sha256"] for s in again.shards] == [s["sha256"] for s in store.shards]
 
@@ -85,7 +93,8 @@ def test_bfloat16_stores_read_back(world, model, tmp_path):
 
 
 @settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 5), start=st.integers(0, 40), size=st.sampled_from([128, 1000]), balanced=st.booleans(), pool=st.sampled_from([2**20, 2**29]))
+@given(seed=st.integers(0, 5), start=st.integers(0, 40), size=st.sampled_from([128, 1000]),
+       balanced=st.booleans(), pool=st.sampled_from([2**20, 2**29]))
 def test_reading_can_begin_anywhere(store, seed, start, size, balanced, pool):
     options = dict(size=size, seed=seed, balanced=balanced, pool_bytes=pool)
     whole = [b.token for b in itertools.islice(store.batches(**options), start + 2)]
@@ -100,7 +109,8 @@ def test_an_epoch_reads_nothing_twice(store):
 
 
 def test_balanced_batches_are_half_and_half(store):
-    for batch in itertools.islice(store.batches(256, balanced=True), 20): assert batch.side.bincount().tolist() == [0, 128, 128]
+    for batch in itertools.islice(store.batches(256, balanced=True), 20):
+        assert batch.side.bincount().tolist() == [0, 128, 128]
 
 
 def test_bad_stores_say_what_is_wrong(world, model, store, tmp_path):
@@ -109,20 +119,29 @@ def test_bad_stores_say_what_is_wrong(world, model, store, tmp_path):
     data = bytearray(shard.read_bytes())
     data[-3] ^= 255
     shard.write_bytes(data)
-    with pytest.raises(SaenbError, match=f"{shard.name} is damaged"): Store.open(copy.path).rows()
+    with pytest.raises(SaenbError, match=f"{shard.name} is damaged"):
+        Store.open(copy.path).rows()
     shard.write_bytes((store.path/store.shards[-1]["file"]).read_bytes())
-    with pytest.raises(SaenbError, match="from another store"): Store.open(copy.path).rows()
+    with pytest.raises(SaenbError, match="from another store"):
+        Store.open(copy.path).rows()
     shard.unlink()
-    with pytest.raises(SaenbError, match=f"{shard.name} is missing"): Store.open(copy.path).rows()
-    with pytest.raises(SaenbError, match="another layer"): harvest(model, [], world.layer + 1, tmp_path/"copy")
-    with pytest.raises(SaenbError, match="layers 0 to 3"): harvest(model, [], 9, tmp_path/"nine")
-    with pytest.raises(SaenbError, match="do not fill one row"): harvest(model, ["The host of x"], 1, tmp_path/"short")
-    with pytest.raises(SaenbError, match="one batch needs"): next(store.batches(10**8))
+    with pytest.raises(SaenbError, match=f"{shard.name} is missing"):
+        Store.open(copy.path).rows()
+    with pytest.raises(SaenbError, match="another layer"):
+        harvest(model, [], world.layer + 1, tmp_path/"copy")
+    with pytest.raises(SaenbError, match="layers 0 to 3"):
+        harvest(model, [], 9, tmp_path/"nine")
+    with pytest.raises(SaenbError, match="do not fill one row"):
+        harvest(model, ["The host of x"], 1, tmp_path/"short")
+    with pytest.raises(SaenbError, match="one batch needs"):
+        next(store.batches(10**8))
     (tmp_path/"store.json").write_text(json.dumps(dict(format="something else")))
-    with pytest.raises(SaenbError, match="not a saenb store"): Store.open(tmp_path)
+    with pytest.raises(SaenbError, match="not a saenb store"):
+        Store.open(tmp_path)
 
 
 def test_a_stream_that_is_not_finite_names_the_row(world, model, tmp_path):
     hook = lambda stream, hook: torch.full_like(stream, float("nan"))
-    with model.hooks(fwd_hooks=[("blocks.0.hook_out", hook)]), pytest.raises(SaenbError, match="not finite in row 0"):
+    with (model.hooks(fwd_hooks=[("blocks.0.hook_out", hook)]),
+          pytest.raises(SaenbError, match="not finite in row 0")):
         harvest(model, world.texts("train", 60), world.layer, tmp_path)

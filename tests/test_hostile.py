@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import shutil
 import struct
 from pathlib import Path
@@ -14,14 +13,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-import saenb.lab
 from conftest import ROOT
 from saenb.cli import main
 from saenb.base.errors import SaenbError, warn_once
 from saenb.base.files import read_json, read_tensors, write_json, write_tensors
 from saenb.data.harvest import harvest
-from saenb.data.store import COLUMNS, Store, map_shard
+from saenb.data.store import COLUMNS, Store
 from saenb.report.logbook import write_logs
+from saenb.lab import runner
 from saenb.lab.records import Record
 from saenb.sae.sae import SAE, SAEConfig
 from saenb.train.config import TrainConfig
@@ -58,11 +57,11 @@ def reading():
     """Let `saenb run` do nothing but read something."""
     @contextlib.contextmanager
     def instead(read):
-        real = saenb.lab.run
+        real = runner.run
         def run(*_, **__): return read() or Record(ROOT/"runs"/"tiny-full"/"orthogonality"/"run_0"/"seed_0")
-        saenb.lab.run = run
+        runner.run = run
         try: yield lambda: called("run", "orthogonality/0")
-        finally: saenb.lab.run = real
+        finally: runner.run = real
     return instead
 
 
@@ -354,7 +353,7 @@ def test_no_run_leads_out_of_the_folder(tmp_path, id):
 
 @pytest.mark.parametrize("change", [dict(precision="../../../x"), dict(precision="a\\b"), dict(precision="a\nb"), dict(precision="x" * 500)])
 def test_no_variant_leads_out_of_the_folder(tmp_path, change):
-    with pytest.raises(SaenbError, match="cannot be named after"): saenb.lab.run("orthogonality/0", out=tmp_path/"runs", change=change)
+    with pytest.raises(SaenbError, match="cannot be named after"): runner.run("orthogonality/0", out=tmp_path/"runs", change=change)
     assert not list(tmp_path.iterdir())
 
 

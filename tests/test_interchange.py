@@ -17,9 +17,11 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
-from saenb import interchange
 from saenb.base.errors import SaenbError
 from saenb.lab.records import Record
+from saenb.sae.formats import saelens, weights
+from saenb.sae.formats.saelens import export
+from saenb.sae.gates import JumpReLU, TopK
 from saenb.sae.sae import SAE, SAEConfig, load_sae
 
 THERE = Path(__file__).parent/"interchange"
@@ -57,7 +59,7 @@ def copy(tmp_path):
 def nothing_is_made(monkeypatch):
     """What is refused is refused before a dictionary is made."""
     def never(*_): raise AssertionError("a dictionary was made")
-    monkeypatch.setattr(interchange, "SAE", never)
+    for module in (weights, saelens): monkeypatch.setattr(module, "SAE", never)
 
 
 def test_all_formats_are_there():
@@ -76,7 +78,7 @@ def test_a_foreign_dictionary_gives_what_its_package_gives(name):
 def test_it_is_saved_and_exported_without_loss(name, tmp_path):
     sae, there = load_sae(FOLDERS[name]), expected(name)
     for folder in (sae.save(tmp_path/"saved"), tmp_path/"exported"):
-        if folder.name == "exported": interchange.export(sae, folder)
+        if folder.name == "exported": export(sae, folder)
         again = load_sae(folder)
         assert torch.equal(again.encode(there["x"]), sae.encode(there["x"])) and again.cfg == sae.cfg and again.fingerprint() == sae.fingerprint()
     entry = json.loads((tmp_path/"exported"/"cfg.json").read_text())
@@ -112,7 +114,7 @@ def test_only_a_scaling_factor_of_one_is_passed_over(copy):
 def test_gates_are_their_definitions():
     draw = torch.Generator().manual_seed(0)
     f = torch.relu(torch.randn(5, 7, 16, generator=draw))
-    jump, top = interchange.JumpReLU(8, 16), interchange.TopK(8, 16, k=3)
+    jump, top = JumpReLU(8, 16), TopK(8, 16, k=3)
     jump.threshold.copy_(torch.rand(16, generator=draw))
     assert torch.equal(jump.gate(None, f, None), f * (f > jump.threshold))
     for row, kept in zip(f.flatten(0, 1), top.gate(None, f, None).flatten(0, 1)):
@@ -120,7 +122,7 @@ def test_gates_are_their_definitions():
     twins = [SAE(SAEConfig(d_in=8, d_sae=16, gates=[dict(name="TopK", settings=dict(k=k))])) for k in (3, 4)]
     assert twins[0].fingerprint() != twins[1].fingerprint() # or one would be given the other's results
     for k in (0, 17, 2.0, "3", True, None):
-        with pytest.raises(SaenbError, match="whole number from 1 to 16"): interchange.TopK(8, 16, k=k)
+        with pytest.raises(SaenbError, match="whole number from 1 to 16"): TopK(8, 16, k=k)
 
 
 def nested(depth): return json.loads("[" * depth + "]" * depth)
@@ -323,7 +325,7 @@ def test_the_command_line_exports(saenb, one_sentence, tmp_path):
 
 def test_what_saelens_lacks_is_said(tmp_path):
     sae = SAE(SAEConfig(d_in=8, d_sae=16, gates=[dict(name="HardMask", settings=dict(parts=4))])).eval()
-    said = interchange.export(sae, tmp_path/"masked")
+    said = export(sae, tmp_path/"masked")
     assert "HardMask" in said and "import saenb.saelens" in said
     assert json.loads((tmp_path/"masked"/"cfg.json").read_text())["architecture"] == "saenb_gated"
     assert torch.equal(load_sae(tmp_path/"masked").gates[0].mask, sae.gates[0].mask)
@@ -332,7 +334,7 @@ def test_what_saelens_lacks_is_said(tmp_path):
 def test_saelens_environment_needs_no_new_transformer_lens():
     """Where SAELens is, transformer-lens is older, and saenb is there without what it depends on."""
     without = "import sys; sys.modules.update(transformer_lens=None, transformers=None, datasets=None)\n"
-    program = without + "import saenb, saenb.sae, saenb.saelens, saenb.interchange, saenb.runs.table; print(saenb.saelens.find_spec('sae_lens'))"
+    program = without + "import saenb, saenb.sae, saenb.saelens, saenb.interchange, saenb.ideas.run; print(saenb.saelens.find_spec('sae_lens'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 

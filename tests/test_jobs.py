@@ -18,25 +18,31 @@ def test_each_job_is_told_with_its_place_when_it_ends():
 
 
 def test_each_process_has_its_share_of_the_processor():
-    shares = {n: {share for _, share in run_parallel(os.getenv, [("OMP_NUM_THREADS",)] * 2, n)} for n in (1, 2, 2 * cores())}
+    shares = {n: {share for _, share in run_parallel(os.getenv, [("OMP_NUM_THREADS",)] * 2, n)}
+              for n in (1, 2, 2 * cores())}
     assert shares == {1: {str(cores())}, 2: {str(max(1, cores() // 2))}, 2 * cores(): {"1"}}
 
 
-@pytest.mark.parametrize("make, job, error, words", [(time.sleep, (-1,), ValueError, "non-negative"), (os._exit, (9,), SaenbError, "ended from outside.*fewer --jobs")])
+@pytest.mark.parametrize("make, job, error, words",
+                         [(time.sleep, (-1,), ValueError, "non-negative"),
+                          (os._exit, (9,), SaenbError, "ended from outside.*fewer --jobs")])
 def test_what_fails_ends_all(make, job, error, words, tmp_path):
     begun, began = tmp_path/"begun", time.perf_counter()
-    with pytest.raises(error, match=words): list(run_parallel(_either, [(make, job), (time.sleep, (600,)), (Path.touch, (begun,))], 2))
+    with pytest.raises(error, match=words):
+        list(run_parallel(_either, [(make, job), (time.sleep, (600,)), (Path.touch, (begun,))], 2))
     assert time.perf_counter() - began < 60 and not begun.exists()
 
 
 def _either(make, job):
-    if make is Path.touch: time.sleep(1) # were it begun, then after the failure
+    if make is Path.touch:
+        time.sleep(1) # were it begun, then after the failure
     return make(*job)
 
 
 def alive(pid):
     """Is there such a process, and is it more than a name that nobody has asked for?"""
-    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError: return False
 
 
@@ -44,10 +50,12 @@ def alive(pid):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_one_that_asked(tmp_path, how):
     script = tmp_path/"script.py"
-    script.write_text("import os, multiprocessing, time\nfrom saenb.jobs import at_once\n"
+    script.write_text("import os, multiprocessing, time\nfrom saenb.lab.engines import run_parallel\n"
                       "if __name__ == '__main__':\n"
-                      "    for _ in at_once(time.sleep, [(0,), (600,), (600,)], 2): print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n")
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                      "    for _ in run_parallel(time.sleep, [(0,), (600,), (600,)], 2): "
+                      "print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n")
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     children = [int(pid) for pid in process.stdout.readline().split()]
     assert len(children) == 2 and all(alive(pid) for pid in children)

@@ -9,8 +9,7 @@ from scipy.stats import ttest_rel
 from conftest import ROOT
 from saenb.report.figures import Material
 from saenb.report.logbook import run_log, run_section, write_logs
-from saenb.ideas.run import experiments
-from saenb.ideas.run import all_runs
+from saenb.ideas.run import all_runs, experiments
 
 KEPT = ROOT/"runs"/"tiny-full"
 

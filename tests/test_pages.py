@@ -22,14 +22,23 @@ def made():
     context = draw.integers(0, 3000, (FEATURES, CONTEXTS, WIDTH))
     context[123, 0, BEFORE] = 3001
     largest = draw.random(FEATURES) + 0.5
-    arrays = dict(forget=packed(draw.random(FEATURES), "float32"), retain=packed(draw.random(FEATURES), "float32"), auroc=packed(draw.random(FEATURES), "float32"), lost_forget=packed(lost, "float32"), lost_retain=packed(lost / 10, "float32"),
-                  largest=packed(largest, "float32"), histogram=packed(draw.integers(0, 100, (FEATURES, 2, BINS)), "uint32"), peaks=packed(np.repeat(largest[:, None], CONTEXTS, 1), "float32"), context_side=packed(draw.integers(0, 2, (FEATURES, CONTEXTS)), "uint8"),
-                  context_tokens=packed(context, "uint16"), peak_tokens=packed(context[:, :, BEFORE], "uint16"), context_activations=packed(draw.integers(0, 256, context.shape), "uint8"),
-                  nearest=packed(draw.integers(0, FEATURES, (FEATURES, NEAREST)), "uint32"), cosines=packed(draw.random((FEATURES, NEAREST)), "float32"))
-    return dict(about="Made up.", features=FEATURES, contexts=CONTEXTS, width=WIDTH, before=BEFORE, bins=BINS, nearest=NEAREST, sizes=[1000, 2000], tokens=tokens, clamped=[4000, 5], arrays=arrays)
+    arrays = dict(
+        forget=packed(draw.random(FEATURES), "float32"), retain=packed(draw.random(FEATURES), "float32"),
+        auroc=packed(draw.random(FEATURES), "float32"), lost_forget=packed(lost, "float32"),
+        lost_retain=packed(lost / 10, "float32"), largest=packed(largest, "float32"),
+        histogram=packed(draw.integers(0, 100, (FEATURES, 2, BINS)), "uint32"),
+        peaks=packed(np.repeat(largest[:, None], CONTEXTS, 1), "float32"),
+        context_side=packed(draw.integers(0, 2, (FEATURES, CONTEXTS)), "uint8"),
+        context_tokens=packed(context, "uint16"), peak_tokens=packed(context[:, :, BEFORE], "uint16"),
+        context_activations=packed(draw.integers(0, 256, context.shape), "uint8"),
+        nearest=packed(draw.integers(0, FEATURES, (FEATURES, NEAREST)), "uint32"),
+        cosines=packed(draw.random((FEATURES, NEAREST)), "float32"))
+    return dict(about="Made up.", features=FEATURES, contexts=CONTEXTS, width=WIDTH, before=BEFORE, bins=BINS,
+                nearest=NEAREST, sizes=[1000, 2000], tokens=tokens, clamped=[4000, 5], arrays=arrays)
 
 
-def values(made, name): return np.frombuffer(base64.b64decode(made["arrays"][name]["bytes"]), made["arrays"][name]["kind"])
+def values(made, name):
+    return np.frombuffer(base64.b64decode(made["arrays"][name]["bytes"]), made["arrays"][name]["kind"])
 
 
 @pytest.fixture
@@ -45,12 +54,14 @@ def page(browser, made, tmp_path):
     assert not said
 
 
-def listed(page): return [int(row.get_attribute("data-feature")) for row in page.query_selector_all("#rows .row")]
+def listed(page):
+    return [int(row.get_attribute("data-feature")) for row in page.query_selector_all("#rows .row")]
 
 
 def test_it_begins_with_what_does_most_to_the_answers(page):
     assert listed(page)[:3] == [4000, 5, 77] and page.inner_text("#count") == "16384 of 16384 features"
-    assert page.inner_text("#detail h2") == "Feature 4000 · clamped by the evaluation" and "75.0 % of the forget answers" in page.inner_text("#detail .numbers")
+    assert (page.inner_text("#detail h2") == "Feature 4000 · clamped by the evaluation"
+            and "75.0 % of the forget answers" in page.inner_text("#detail .numbers"))
     assert len(page.query_selector_all("#rows .row")) < 100 # the rest is not in the page
 
 
@@ -75,7 +86,8 @@ def test_filters_leave_what_is_asked_for(page, made):
     forget, retain = values(made, "forget"), values(made, "retain")
     page.fill("#least", "0.9")
     page.fill("#most", "0.1")
-    assert page.inner_text("#count") == f"{((forget >= np.float32(0.9)) & (retain <= np.float32(0.1))).sum()} of 16384 features"
+    assert (page.inner_text("#count")
+            == f"{((forget >= np.float32(0.9)) & (retain <= np.float32(0.1))).sum()} of 16384 features")
     for box in ("#least", "#most"): page.fill(box, "")
     page.check("#marked")
     assert sorted(listed(page)) == [5, 4000]
@@ -89,7 +101,8 @@ def test_a_feature_is_shown_and_its_neighbours_lead_on(page, made):
     page.query_selector_all("#head button")[0].click()
     page.click("#rows .row[data-feature='7']")
     assert page.inner_text("#detail h2") == "Feature 7" and page.url.endswith("#7")
-    assert len(page.query_selector_all("#detail .context")) == CONTEXTS and len(page.query_selector_all("#detail rect")) == 2 * BINS
+    assert (len(page.query_selector_all("#detail .context")) == CONTEXTS
+            and len(page.query_selector_all("#detail rect")) == 2 * BINS)
     near = values(made, "nearest").reshape(FEATURES, NEAREST)[7]
     page.query_selector_all("#detail .near")[2].click()
     assert page.inner_text("#detail h2").startswith(f"Feature {near[2]}")
@@ -98,7 +111,8 @@ def test_a_feature_is_shown_and_its_neighbours_lead_on(page, made):
 def test_what_tokens_hold_is_shown_and_not_obeyed(page):
     page.evaluate("location.hash = '#123'")
     page.wait_for_function("document.querySelector('#detail h2').textContent === 'Feature 123'")
-    assert page.inner_text("#detail .context .peak") == "</script><img src=x>" and not page.query_selector("img")
+    assert (page.inner_text("#detail .context .peak") == "</script><img src=x>"
+            and not page.query_selector("img"))
 
 
 def test_it_reads_on_a_phone(browser, made, tmp_path):

@@ -361,7 +361,7 @@ def test_controls_stand_lower(result, trained, store, setup, readings):
 
 def test_the_model_reads_once_and_the_result_is_the_same(result, model, trained, setup, readings, monkeypatch):
     def never(*_): raise AssertionError("the model was asked again")
-    monkeypatch.setattr("saenb.evals.base.stream_at", never)
+    monkeypatch.setattr("saenb.evals.evaluation.stream_at", never)
     again = evaluate(model, trained, setup, readings)
     for key in ("eval_result_unstructured", "eval_result_details", "eval_id"): assert again[key] == result[key]
 

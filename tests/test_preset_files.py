@@ -1,6 +1,5 @@
 """Presets from files: what they say counts, what is wrong in them is said, and one in small goes all the way."""
 import json
-import shutil
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from saenb.base.errors import SaenbError
-from saenb.lab.preset_files import preset_from
-from saenb.lab.preset_files import find_preset
+from saenb.lab.preset_files import find_preset, preset_from
 from saenb.lab.presets import PRESETS
 
 
@@ -39,9 +37,9 @@ def test_only_what_a_file_says_is_changed(wrote):
         [evals.unlearning.grid]
         n_features = [1, 5]
         """)), find_preset("tiny")
-    grid = replace(base.unlearning.grid, n_features=(1, 5))
+    grid = replace(base.exam.grid, n_features=(1, 5))
     assert found == replace(base, name="mine", d_sae=100, recorded=("unlearning", "core"), training=replace(base.training, lr=1e-3),
-                            evals=base.evals | dict(unlearning=replace(base.unlearning, retain_floor=0.95, grid=grid)))
+                            evals=base.evals | dict(unlearning=replace(base.exam, retain_floor=0.95, grid=grid)))
 
 
 def test_one_training_length_counts(wrote):
@@ -57,7 +55,7 @@ def test_corpora_change_wherever_they_are_read(wrote, tmp_path):
         setup, before = found.evals[name], find_preset("gemma-2-2b").evals[name]
         assert setup.forget.path == str(tmp_path/"mine.txt") and setup.forget.side == "forget" and setup.forget.min_chars == 1
         assert setup.retain == replace(before.retain, min_chars=9)
-    assert found.evals["positional"].order[0].source == found.unlearning.retain
+    assert found.evals["positional"].order[0].source == found.exam.retain
     assert found.texts == find_preset("gemma-2-2b").texts
 
 
@@ -68,7 +66,7 @@ def test_things_are_looked_for_beside_the_file_and_in_the_folder_of_copies(wrote
     monkeypatch.chdir(elsewhere)
     found = find_preset(wrote('model = "models/mine"\nroot = "copies"'))
     assert (found.model, found.answer_model) == (str(tmp_path/"models/mine"), str(tmp_path/"copies/google/gemma-2-2b-it"))
-    assert {q.path for q in found.unlearning.questions} == {str(tmp_path/"copies/cais/wmdp"), "cais/mmlu"}
+    assert {q.path for q in found.exam.questions} == {str(tmp_path/"copies/cais/wmdp"), "cais/mmlu"}
     assert found.evals["sparse_probing"].root == str(tmp_path/"copies")
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from saenb import lab, ray_jobs
+from saenb import lab
 from saenb.base.errors import SaenbError
+from saenb.lab import ray_engine
 from saenb.lab.engines import run_parallel, cores
 from saenb.lab.ray_engine import need_ray, on_ray
 
@@ -109,7 +110,7 @@ def test_ctrl_c_ends_the_tasks(cluster, work, small, tmp_path):
 @needs_ray
 @pytest.mark.parametrize("make, job, error, words", [(time.sleep, (-1,), ValueError, "non-negative"), (os._exit, (9,), SaenbError, "not even in 1 more attempt")])
 def test_what_fails_ends_all(cluster, tmp_path, monkeypatch, make, job, error, words):
-    monkeypatch.setattr(ray_jobs, "RETRIES", 1)
+    monkeypatch.setattr(ray_engine, "RETRIES", 1)
     with pytest.raises(error, match=words): list(on_ray(make, [job, (600,)], 1, tmp_path, cluster.address))
 
 
@@ -123,20 +124,20 @@ def test_a_machine_that_does_not_see_the_folder_is_named(cluster, tmp_path):
 
 @needs_ray
 def test_another_version_is_named(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_jobs, "__version__", "9.9")
+    monkeypatch.setattr(ray_engine, "__version__", "9.9")
     with pytest.raises(SaenbError, match="has saenb .* and this one 9.9; install the same"): need_ray(tmp_path, cluster.address)
 
 
 def test_shares_of_the_smallest_machine():
     machines = [dict(Resources=dict(CPU=64.0, GPU=8.0)), dict(Resources=dict(CPU=10.0, GPU=2.0))]
-    assert ray_jobs._shares(machines, 1) == (dict(num_cpus=10, num_gpus=1), 10)
-    assert ray_jobs._shares(machines, 8) == (dict(num_cpus=1.25, num_gpus=0.25), 1)
-    assert ray_jobs._shares(machines, 3) == (dict(num_cpus=3.3333, num_gpus=0.6666), 3)
-    assert ray_jobs._shares([*machines, dict(Resources=dict(CPU=4.0))], 8) == (dict(num_cpus=1, num_gpus=0), 1)
+    assert ray_engine._shares(machines, 1) == (dict(num_cpus=10, num_gpus=1), 10)
+    assert ray_engine._shares(machines, 8) == (dict(num_cpus=1.25, num_gpus=0.25), 1)
+    assert ray_engine._shares(machines, 3) == (dict(num_cpus=3.3333, num_gpus=0.6666), 3)
+    assert ray_engine._shares([*machines, dict(Resources=dict(CPU=4.0))], 8) == (dict(num_cpus=1, num_gpus=0), 1)
 
 
 def test_what_cannot_be_had_is_told_before_any_work(saenb, one_sentence, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_jobs, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_engine, "find_spec", lambda name: None)
     with pytest.raises(SaenbError, match=r"pip install 'saenb\[ray\]'"): lab.reproduce(["contrastive"], small, tmp_path, engine="ray")
     with pytest.raises(SaenbError, match="did you mean ray"): lab.reproduce(["contrastive"], small, tmp_path, engine="rai")
     assert not list(tmp_path.iterdir())

@@ -30,18 +30,23 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     for name in ("docs", "nbs", "saenb", "figures", "settings.ini", "README.md", "setup.py"):
         source = ROOT/name
-        shutil.copytree(source, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")) if source.is_dir() else shutil.copy(source, folder)
+        shutil.copytree(source, folder/name, ignore=shutil.ignore_patterns(
+            "__pycache__", ".ipynb_checkpoints")) if source.is_dir() else shutil.copy(source, folder)
     done = subprocess.run([sys.executable, "docs/build.py"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder/"_docs"
 
 
 @pytest.fixture(scope="module")
-def pages(site): return {p.relative_to(site).as_posix(): Page(p.read_text(encoding="utf-8")) for p in sorted(site.rglob("*.html")) if "_static" not in p.relative_to(site).parts}
+def pages(site):
+    return {p.relative_to(site).as_posix(): Page(p.read_text(encoding="utf-8"))
+            for p in sorted(site.rglob("*.html")) if "_static" not in p.relative_to(site).parts}
 
 
 def test_every_notebook_has_a_page(pages):
-    notebooks = {p.relative_to(ROOT/"nbs").with_suffix(".html").as_posix() for p in (ROOT/"nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT/"nbs").parts)}
+    notebooks = {p.relative_to(ROOT/"nbs").with_suffix(".html").as_posix()
+                 for p in (ROOT/"nbs").rglob("*.ipynb")
+                 if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT/"nbs").parts)}
     assert notebooks <= pages.keys() and {"explorer/baseline.html", "explorer/best.html"} <= pages.keys()
 
 
@@ -54,13 +59,16 @@ def test_every_internal_link_leads_somewhere(site, pages):
             target = (site/name).parent/unquote(parts.path) if parts.path else site/name
             followed += 1
             if not target.resolve().is_file(): lost.append((name, link))
-            elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in pages[target.resolve().relative_to(site.resolve()).as_posix()].names: lost.append((name, link))
+            elif (parts.fragment and target.suffix == ".html" and unquote(parts.fragment)
+                  not in pages[target.resolve().relative_to(site.resolve()).as_posix()].names):
+                lost.append((name, link))
     assert not lost and followed > 1000
 
 
 def test_nothing_is_loaded_from_elsewhere(pages):
     """Links may lead to other hosts; what a page is made of may not."""
-    text = "\n".join(link for page in pages.values() for link in page.links if re.match(r"(https?:)?//", link) and re.search(r"\.(js|css|png|svg|woff2?)(\?|$)", link))
+    text = "\n".join(link for page in pages.values() for link in page.links if re.match(r"(https?:)?//", link)
+                     and re.search(r"\.(js|css|png|svg|woff2?)(\?|$)", link))
     assert not text
 
 
@@ -71,7 +79,8 @@ def opened(browser):
     page.on("console", lambda message: message.type in ("error", "warning") and said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("requestfailed", lambda request: said.append(f"failed: {request.url}"))
-    page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or said.append(request.url))
+    page.on("request",
+            lambda request: request.url.startswith(("file:", "data:", "blob:")) or said.append(request.url))
     yield page
     page.close()
     assert not said, said
@@ -101,7 +110,9 @@ def test_the_search_finds_offline(opened, site):
 @needs_browser
 def test_the_table_of_all_runs_sorts(opened, site):
     opened.goto((site/"reports"/"overview.html").as_uri())
-    def column(i): return opened.eval_on_selector_all("table.sortable tbody tr", f"rows => rows.map(r => parseFloat(r.cells[{i}].dataset.value))")
+    def column(i):
+        return opened.eval_on_selector_all("table.sortable tbody tr",
+                                           f"rows => rows.map(r => parseFloat(r.cells[{i}].dataset.value))")
     before = column(1)
     assert len(before) > 30
     opened.click("table.sortable th:nth-child(2) button")
@@ -115,7 +126,8 @@ def test_the_table_of_all_runs_sorts(opened, site):
 @needs_browser
 def test_the_landing_page_says_it_in_one_screen(opened, site):
     opened.goto((site/"index.html").as_uri())
-    def bottom(selector): return opened.eval_on_selector(selector, "e => e.getBoundingClientRect().bottom")
+    def bottom(selector):
+        return opened.eval_on_selector(selector, "e => e.getBoundingClientRect().bottom")
     assert "make reproduce" in opened.inner_text("main pre") and "make test" in opened.inner_text("main pre")
     assert max(bottom("main h1"), bottom("main pre"), bottom("main img")) <= 800
     assert opened.eval_on_selector("main img", "e => e.complete && e.naturalWidth > 0")
@@ -136,5 +148,7 @@ def test_it_reads_in_the_dark(opened, site):
     """The theme follows the reader's system; letters stand out from what is behind them."""
     opened.emulate_media(color_scheme="dark")
     opened.goto((site/"index.html").as_uri())
-    dark = opened.evaluate("""() => ["color", "backgroundColor"].map(k => getComputedStyle(document.body)[k].match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0))""")
+    dark = opened.evaluate(
+        """() => ["color", "backgroundColor"].map(k =>
+        getComputedStyle(document.body)[k].match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0))""")
     assert dark[0] - dark[1] > 300

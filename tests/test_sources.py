@@ -21,7 +21,8 @@ def test_every_file_type_reads_alike(tmp_path):
     (tmp_path/"a.jsonl.gz").write_bytes(gzip.compress((tmp_path/"a.jsonl").read_bytes()))
     (tmp_path/"a.txt").write_text("one\ntwo words\n")
     pd.DataFrame(rows).to_parquet(tmp_path/"a.parquet")
-    for name in ("a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"): assert list(TextSource(str(tmp_path/name))) == ["one", "two words"]
+    for name in ("a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"):
+        assert list(TextSource(str(tmp_path/name))) == ["one", "two words"]
 
 
 def test_short_and_missing_texts_are_left_out(tmp_path):
@@ -30,7 +31,8 @@ def test_short_and_missing_texts_are_left_out(tmp_path):
 
 
 def test_sources_take_turns(tmp_path):
-    a, b = lines(tmp_path/"a.jsonl", [dict(text=t) for t in "abc"]), lines(tmp_path/"b.jsonl", [dict(text="z")])
+    a, b = (lines(tmp_path/"a.jsonl", [dict(text=t) for t in "abc"]),
+            lines(tmp_path/"b.jsonl", [dict(text="z")]))
     pairs = list(sided_texts([TextSource(str(a), side="forget"), TextSource(str(b), side="retain")]))
     assert pairs == [("a", 1), ("z", 2), ("b", 1), ("c", 1)]
     assert list(sided_texts(["x", ("y", "retain")])) == [("x", 0), ("y", 2)]
@@ -45,7 +47,8 @@ def test_sources_take_turns(tmp_path):
 def test_texts_that_cannot_be_read(tmp_path, source, said):
     lines(tmp_path/"a.jsonl", [dict(text="x")])
     (tmp_path/"a.doc").write_text("x")
-    with pytest.raises(SaenbError, match=said): list(TextSource(**source | dict(path=str(tmp_path/source["path"]))))
+    with pytest.raises(SaenbError, match=said):
+        list(TextSource(**source | dict(path=str(tmp_path/source["path"]))))
 
 
 def test_data_that_brings_code_is_not_run(tmp_path):
@@ -56,7 +59,8 @@ def test_data_that_brings_code_is_not_run(tmp_path):
 
 
 def test_questions_keep_their_columns(tmp_path):
-    (tmp_path/"README.md").write_text("---\nconfigs:\n- config_name: wmdp-bio\n  data_files:\n  - split: test\n    path: q.jsonl\n---\n")
+    (tmp_path/"README.md").write_text(
+        "---\nconfigs:\n- config_name: wmdp-bio\n  data_files:\n  - split: test\n    path: q.jsonl\n---\n")
     row = dict(question="?", choices=list("wxyz"), answer=3)
     lines(tmp_path/"q.jsonl", [row])
     source = QuestionSource("wmdp-bio", str(tmp_path))
@@ -88,10 +92,12 @@ def gated_hub():
 
 
 def test_a_gated_model_without_access(saenb, one_sentence, gated_hub, tmp_path):
-    done = saenb("run", "orthogonality/0", "--preset", "gemma-2-2b", env=dict(HF_ENDPOINT=gated_hub, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path/"hf")))
+    done = saenb("run", "orthogonality/0", "--preset", "gemma-2-2b",
+                 env=dict(HF_ENDPOINT=gated_hub, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path/"hf")))
     one_sentence(done, "google/gemma-2-2b", "gated", "hf auth login")
 
 
 def test_a_file_that_breaks_off_is_one_sentence(tmp_path):
     (tmp_path/"a.jsonl").write_text('{"text": "fine"}\n{"text": "fine too"}\n{"text": "cut o')
-    with pytest.raises(SaenbError, match=r"a\.jsonl \(train\) cannot be read"): list(TextSource(str(tmp_path/"a.jsonl")))
+    with pytest.raises(SaenbError, match=r"a\.jsonl \(train\) cannot be read"):
+        list(TextSource(str(tmp_path/"a.jsonl")))

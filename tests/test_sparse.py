@@ -4,12 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saenb import sparse
 from saenb.base.errors import SaenbError
 from saenb.data.store import Batch
-from saenb.ideas.run import Run
-from saenb.ideas.run import all_runs
+from saenb.ideas.run import Run, all_runs
 from saenb.sae.gates import MECHANISMS, make_mechanism
+from saenb.sae import sparse_step
 from saenb.sae.sparse_step import Active, Autoencode
 from saenb.train.config import TrainConfig
 from saenb.train.mechanism import Mechanism
@@ -63,13 +62,13 @@ def test_a_step_is_sparse_only_where_that_pays(layers):
     for density, dtype, expected in ((0.01, torch.float32, True), (0.3, torch.float32, False), (0.09, torch.float32, True), (0.09, torch.bfloat16, False)):
         x, parameters = layers(density)
         f = torch.relu((x - parameters[3]) @ parameters[0] + parameters[1])
-        assert sparse.pays(f, dtype) == expected, (density, dtype)
+        assert sparse_step.pays(f, dtype) == expected, (density, dtype)
 
 
 @pytest.mark.parametrize("precision, close", [("float32", 1e-4), ("bfloat16", 2e-2)])
 def test_a_training_is_the_same_either_way(store, fresh, monkeypatch, precision, close):
     def curve(limit):
-        monkeypatch.setattr(sparse, "SPARSE_BELOW", {torch.float32: limit, torch.bfloat16: limit})
+        monkeypatch.setattr(sparse_step, "SPARSE_BELOW", {torch.float32: limit, torch.bfloat16: limit})
         trainer = Trainer(fresh(), store, cfg=TrainConfig(steps=60, warmup=10, batch=512, lr=1e-3, log_every=10, precision=precision))
         trainer.fit(progress=False)
         return torch.tensor([line["loss"] for line in trainer.history]), trainer.history[-1]
@@ -79,7 +78,7 @@ def test_a_training_is_the_same_either_way(store, fresh, monkeypatch, precision,
 
 
 GATES = {run.id: run for run in all_runs().values() if any(MECHANISMS[name].gate or MECHANISMS[name].after_backward for name, _ in run.mechanisms)}
-GATES |= {name: Run(name, "", "", ((name, settings),)) for name, settings in (("TopK", dict(k=8)), ("JumpReLU", {}))}
+GATES |= {name: Run(f"gates/{name}", "", "", ((name, settings),)) for name, settings in (("TopK", dict(k=8)), ("JumpReLU", {}))}
 
 
 def trainer_of(id, store, sae, **config):
@@ -106,7 +105,7 @@ def forth_and_back(trainer, batch):
 @pytest.mark.parametrize("limit", [-1.0, 2.0], ids=["dense", "sparse"])
 @pytest.mark.parametrize("id", GATES)
 def test_gates_learn_what_autograd_says(store, fresh, monkeypatch, id, limit):
-    monkeypatch.setattr(sparse, "SPARSE_BELOW", {torch.float32: limit})
+    monkeypatch.setattr(sparse_step, "SPARSE_BELOW", {torch.float32: limit})
     batch = next(store.batches(512, balanced=GATES[id].training.get("balanced", False)))
     trainer, plain = (trainer_of(id, store, fresh()) for _ in range(2))
     for m in plain.mechanisms: m.gradient_support = "all"

@@ -1,4 +1,4 @@
-"""The world's labelled texts: classes that can be told, orders that words alone cannot tell, and files in the real sets' layout."""
+"""The world's labelled texts: classes, orders that words alone cannot tell, and files laid out as the real sets'."""
 import random
 from collections import Counter
 from dataclasses import replace
@@ -7,7 +7,9 @@ import datasets
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from saenb.data.world_tasks import LANGUAGES, ORDER_TASKS, PAIRS, PROFESSIONS, PROBING_TEST, PROBING_TRAIN, biographies, class_words, debates, news, order_rows, reviews, sources, write_tasks
+from saenb.data.world_tasks import (LANGUAGES, ORDER_TASKS, PAIRS, PROFESSIONS, PROBING_TEST, PROBING_TRAIN,
+                                    biographies, class_words, debates, news, order_rows, reviews, sources,
+                                    write_tasks)
 from saenb.data.facts import SHARED_RELATIONS, Writer, WorldConfig, make_facts
 
 
@@ -28,15 +30,18 @@ def test_sets_have_the_real_ones_columns_and_classes(folder):
     bios = datasets.load_dataset(str(folder/"probing"/"LabHC"/"bias_in_bios"))
     assert bios["train"].column_names == ["hard_text", "profession", "gender"]
     counts = Counter(zip(bios["train"]["profession"], bios["train"]["gender"]))
-    assert set(counts) == {(p, g) for p in PROFESSIONS for g in (0, 1)} and set(counts.values()) == {PROBING_TRAIN // 2}
-    goods = datasets.load_dataset(str(folder/"probing"/"canrager"/"amazon_reviews_mcauley_1and5"), split="test")
+    assert (set(counts) == {(p, g) for p in PROFESSIONS for g in (0, 1)}
+            and set(counts.values()) == {PROBING_TRAIN // 2})
+    goods = datasets.load_dataset(str(folder/"probing"/"canrager"/"amazon_reviews_mcauley_1and5"),
+                                  split="test")
     assert set(goods["rating"]) == {1.0, 5.0} and set(Counter(goods["category"]).values()) == {PROBING_TEST}
     code = datasets.load_dataset(str(folder/"probing"/"codeparrot"/"github-code"), split="train")
     assert set(code["language"]) == set(LANGUAGES) and min(map(len, code["code"])) > (50 + 128) * 3
     for language, config in PAIRS.items():
         rows = datasets.load_dataset(str(folder/"probing"/"Helsinki-NLP"/"europarl"), config, split="train")
         assert len(rows) == PROBING_TRAIN + PROBING_TEST and set(rows[0]["translation"]) == {language}
-    assert set(datasets.load_dataset(str(folder/"probing"/"fancyzhx"/"ag_news"), split="train")["label"]) == {0, 1, 2, 3}
+    assert (set(datasets.load_dataset(str(folder/"probing"/"fancyzhx"/"ag_news"), split="train")["label"])
+            == {0, 1, 2, 3})
 
 
 def test_texts_to_learn_from_are_hardly_those_to_be_asked_about(folder):
@@ -67,7 +72,8 @@ def test_labels_of_order_tasks_mean_what_they_say(world):
         twin_first = min(first, second) # of two halves of the alphabet, the early one
         assert (first == twin_first) == bool(row["label"])
     for row in order_rows("binding", random.Random(0), world.facts, 30):
-        told = [set(sentence.replace(",", " ").replace(".", " ").split()) for sentence in row["text"].split(". ")[1:]]
+        told = [set(sentence.replace(",", " ").replace(".", " ").split())
+                for sentence in row["text"].split(". ")[1:]]
         true = [any({f.name, f.relation, f.value} <= words for f in world.facts) for words in told]
         assert len(told) == 2 and all(true) == any(true) == bool(row["label"])
 
@@ -87,9 +93,11 @@ def test_every_setting_of_the_dial_gives_all_sets(overlap, seed):
     facts = make_facts(WorldConfig(seed=seed, overlap=overlap))
     writer = Writer(facts, "any")
     assert {r["profession"] for r in biographies(writer, 2)} == set(PROFESSIONS)
-    assert len(list(reviews(writer, 2))) == 10 and len(list(sources(writer, 1))) == 5 and len(list(news(writer, 1))) == 4
+    assert (len(list(reviews(writer, 2))) == 10 and len(list(sources(writer, 1))) == 5
+            and len(list(news(writer, 1))) == 4)
     text = next(debates(writer, "de", 1))["translation"]["de"]
     assert (any(r in text for r in SHARED_RELATIONS)) == (overlap > 0)
-    assert list(class_words(writer, 1)) and all(list(order_rows(t, random.Random(seed), facts, 2)) for t in ORDER_TASKS)
+    assert (list(class_words(writer, 1))
+            and all(list(order_rows(t, random.Random(seed), facts, 2)) for t in ORDER_TASKS))
     again = make_facts(replace(WorldConfig(), seed=seed, overlap=overlap))
     assert list(news(Writer(again, "any"), 2)) == list(news(Writer(facts, "any"), 2))

@@ -10,9 +10,9 @@ from saenb.evals.evaluation import corpus_rows, reference_rows
 from saenb.evals.controls import as_logged, principal_components, random_features, supervised_reference, corpus_activations, untrained
 from saenb.data.questions import ORDERS, letter_tokens, question_prompt
 from saenb.evals.exam import REFERENCE, Exam, Grid, choose_features, feature_stats
-from saenb.evals.interventions.clamp import Clamps
-from saenb.evals.interventions.intervention import plain_answers
-from saenb.evals.unlearning import bootstrap, clamp_value, evaluate, run_settings, selectivity, settings_of, trade_off
+from saenb.evals.interventions.clamp import Clamp
+from saenb.evals.interventions.intervention import InterventionBatch, plain_answers
+from saenb.evals.unlearning import bootstrap, evaluate, run_settings, selectivity, trade_off
 from saenb.sae.sae import SAE, SAEConfig
 from saenb.data.sources import boot
 
@@ -72,14 +72,14 @@ def test_reference_rows_are_cut_as_the_reference_cuts(model):
 
 def test_features_are_chosen_by_density():
     from saenb.evals.exam import FeatureStats
-    use = FeatureStats(forget=np.array([0.5, 0.2, 0.0, 0.3, 0.1]), retain=np.array([0.4, 0.0, 0.0, 0.0005, 0.001]), typical=np.ones(5))
-    assert choose_features(use, 0.001).tolist() == [3, 1]
-    assert choose_features(use, 0.01).tolist() == [3, 1, 4]
-    assert choose_features(use, 0.0).tolist() == []
+    stats = FeatureStats(forget=np.array([0.5, 0.2, 0.0, 0.3, 0.1]), retain=np.array([0.4, 0.0, 0.0, 0.0005, 0.001]), typical=np.ones(5))
+    assert choose_features(stats, 0.001).tolist() == [3, 1]
+    assert choose_features(stats, 0.01).tolist() == [3, 1, 4]
+    assert choose_features(stats, 0.0).tolist() == []
 
 
 def test_densities_against_a_count_by_hand(exam, trained, model):
-    use = feature_stats(exam, trained)
+    stats = feature_stats(exam, trained)
     rows = corpus_rows(model.tokenizer, exam.setup)["retain"]
     active, tokens = torch.zeros(trained.cfg.d_sae), 0
     for row in rows:
@@ -87,30 +87,30 @@ def test_densities_against_a_count_by_hand(exam, trained, model):
         keep = torch.tensor([t not in (0, 1, 2) for t in row.tolist()])
         active += (trained.encode(x[keep]) > 0).sum(0)
         tokens += int(keep.sum())
-    np.testing.assert_allclose(use.retain, np.round((active / tokens).detach().numpy(), 6), atol=3 / tokens)
+    np.testing.assert_allclose(stats.retain, np.round((active / tokens).detach().numpy(), 6), atol=3 / tokens)
 
 
 def test_fast_equals_plain_on_every_dictionary(exam, dictionaries):
     """Question by question; abandoned settings really are below the lowest share of interest."""
     for name, sae in dictionaries.items():
-        use = feature_stats(exam, sae)
+        stats = feature_stats(exam, sae)
         grid = Grid(thresholds=(0.001, 0.6), n_features=(3, 12), multipliers=(2, 40))
-        settings = settings_of(grid, use)
-        rows, clamps = run_settings(exam, sae, settings, use)
+        settings = Clamp().settings(grid, stats)
+        rows, batch = run_settings(exam, sae, settings, stats, Clamp())
         for row, setting in zip(rows, settings):
-            plain = plain_answers(exam, sae, setting["features"], clamp_value(setting, use)) if len(setting["features"]) else exam.base
+            plain = plain_answers(exam, sae, setting["features"], Clamp().values(setting, stats), Clamp()) if len(setting["features"]) else exam.base
             retain = plain[~exam.forgets].float().mean().item()
             if row["right"] is None: assert retain < exam.setup.lowest_retain, name
             else: assert torch.equal(row["right"], plain), name
-        assert clamps.read <= len(settings) * len(exam.stream)
+        assert batch.read <= len(settings) * len(exam.stream)
 
 
 def test_the_score_is_the_references_formula(exam, trained, results):
     result = results["trained"]["eval_result_unstructured"]
-    use = feature_stats(exam, trained)
+    stats = feature_stats(exam, trained)
     shares = []
-    for setting in settings_of(REFERENCE, use):
-        right = plain_answers(exam, trained, setting["features"], setting["multiplier"]) if len(setting["features"]) else exam.base
+    for setting in Clamp().settings(REFERENCE, stats):
+        right = plain_answers(exam, trained, setting["features"], setting["multiplier"], Clamp()) if len(setting["features"]) else exam.base
         if right[~exam.forgets].float().mean() >= 0.99: shares.append(right[exam.forgets].float().mean().item())
     assert result["reference_score"] == 1 - min(shares, default=1)
 
@@ -137,16 +137,16 @@ def test_controls_stand_where_they_must(exam, results, trained):
 
 def test_what_is_computed_once_is_the_same(exam, trained):
     """Two settings share a place exactly if they have made the same stream of the question up to there."""
-    use = feature_stats(exam, trained)
-    chosen = choose_features(use, 0.6)
-    rare = [f for f in chosen if use.retain[f] < 0.01]
+    stats = feature_stats(exam, trained)
+    chosen = choose_features(stats, 0.6)
+    rare = [f for f in chosen if stats.retain[f] < 0.01]
     lists = [chosen[:12], chosen[:3], rare[:3], chosen[:3], rare[:6], []]
-    clamps = Clamps(exam, trained, [(f, torch.full((len(f),), v)) for f, v in zip(lists, (40.0, 40.0, 40.0, 2.0, 40.0, 1.0))])
+    batch = InterventionBatch(exam, trained, [(f, torch.full((len(f),), v)) for f, v in zip(lists, (40.0, 40.0, 40.0, 2.0, 40.0, 1.0))], Clamp())
     settings, shared, apart = torch.arange(len(lists)), 0, 0
     for q in range(0, len(exam.tokens), 30):
         places = torch.arange(len(exam.tokens[q]))
-        streams = torch.stack([clamps.stream(torch.full_like(places, q), torch.full_like(places, s), places) for s in settings])
-        names = clamps.alike(q, settings)
+        streams = torch.stack([batch.stream(torch.full_like(places, q), torch.full_like(places, s), places) for s in settings])
+        names = batch.first_equal(q, settings)
         for a in settings.tolist():
             for b in settings.tolist():
                 same = (streams[a] == streams[b]).all(1).long().cumprod(0).bool()
@@ -159,15 +159,15 @@ def test_a_model_in_half_precision(exam, trained, world):
     """The fast path and the long one agree there too, but for questions that rounding decides."""
     half = Exam(boot(world.path/"model", dtype="bfloat16"), replace(exam.setup, lowest_retain=0.0), exam.layer)
     features = choose_features(feature_stats(half, trained), 0.01)[:10]
-    outcome, = Clamps(half, trained, [(features, torch.full((len(features),), 8.0))]).run()
-    plain = plain_answers(half, trained, features, 8.0)
+    outcome, = InterventionBatch(half, trained, [(features, torch.full((len(features),), 8.0))], Clamp()).run()
+    plain = plain_answers(half, trained, features, 8.0, Clamp())
     assert (outcome.right == plain).float().mean() > 0.97 and plain.float().mean() < 0.99
 
 
 def test_nothing_happens_where_nothing_fires(exam, trained):
-    clamps = Clamps(exam, SAE(trained.cfg), [([0, 1], torch.tensor([50.0, 50.0])), ([], torch.zeros(0))])
-    for outcome in clamps.run(): assert not outcome.fired.any() and torch.equal(outcome.right, exam.base)
-    assert clamps.read == 0
+    batch = InterventionBatch(exam, SAE(trained.cfg), [([0, 1], torch.tensor([50.0, 50.0])), ([], torch.zeros(0))], Clamp())
+    for outcome in batch.run(): assert not outcome.fired.any() and torch.equal(outcome.right, exam.base)
+    assert batch.read == 0
 
 
 points = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=12)

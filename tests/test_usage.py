@@ -41,15 +41,18 @@ def test_everything_of_a_renewed_feature_is_new_and_nothing_of_the_others(traine
     which, others = torch.tensor([5, 60]), torch.tensor([i for i in range(64) if i not in (5, 60)])
     parts = dict(enc=(t.sae.W_enc, 1), dec=(t.sae.W_dec, 0), bias=(t.sae.b_enc, 0))
     moments = lambda p: [v for k, v in t.optimizer.state[p].items() if k != "step"]
-    before = {name: [v.detach().clone().index_select(dim, others) for v in (p, *moments(p))] for name, (p, dim) in parts.items()}
+    before = {name: [v.detach().clone().index_select(dim, others) for v in (p, *moments(p))]
+              for name, (p, dim) in parts.items()}
     centre, use = [v.clone() for v in moments(t.sae.b_dec)], mechanism.use.clone()
     t.since_fired.fill_(7)
     rows, x = torch.randn(2, 192), next(store.batches(2048, 3)).x.float()
     t.reset_features(which, rows, x)
     for name, (p, dim) in parts.items():
-        for now, then in zip((p, *moments(p)), before[name]): assert torch.equal(now.index_select(dim, others), then)
+        for now, then in zip((p, *moments(p)), before[name]):
+            assert torch.equal(now.index_select(dim, others), then)
         for v in moments(p): assert not v.index_select(dim, which).any()
-    for now, then in zip(moments(t.sae.b_dec), centre): assert torch.equal(now, then)
+    for now, then in zip(moments(t.sae.b_dec), centre):
+        assert torch.equal(now, then)
     torch.testing.assert_close(t.sae.W_dec[which].detach(), rows / rows.norm(dim=1, keepdim=True))
     assert torch.equal(t.sae.W_enc[:, which].T, t.sae.W_dec[which])
     assert ((t.sae.encode(x)[:, which] > 0).float().mean(0) - 0.05).abs().max() < 0.005
@@ -102,7 +105,8 @@ def test_nothing_begins_anew_once_the_learning_rate_falls(trainer):
 
 
 def test_features_change_places_with_their_use(trainer):
-    t = trainer(mechanism := UsageResets(192, 64), make_mechanism("SideBlocks", dict(block=8, rest=0.0), trainer().sae.cfg))
+    t = trainer(mechanism := UsageResets(192, 64),
+                make_mechanism("SideBlocks", dict(block=8, rest=0.0), trainer().sae.cfg))
     mechanism.use.copy_(torch.arange(64.0))
     t.reorder(torch.arange(63, -1, -1))
     with torch.no_grad(): t._change_places()
@@ -117,6 +121,8 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(fresh, ends_the_same):
     ends_the_same(parts)
 
 
-@pytest.mark.parametrize("settings, said", [(dict(least=1.0), "least use is 1.0"), (dict(least=-0.1), "least use is -0.1"), (dict(memory=1.0), "remembered with 1.0"), (dict(every=0), "every 0 steps")])
+@pytest.mark.parametrize("settings, said",
+                         [(dict(least=1.0), "least use is 1.0"), (dict(least=-0.1), "least use is -0.1"),
+                          (dict(memory=1.0), "remembered with 1.0"), (dict(every=0), "every 0 steps")])
 def test_settings_that_make_no_sense(settings, said):
     with pytest.raises(SaenbError, match=said): UsageResets(8, 16, **settings)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'DEEPEST', 'explain_write_errors', 'atomic_write', 'write_text', 'write_json', 'add_line', 'file_stamp',
-           'read_json', 'write_tensors', 'tensors_digest', 'read_tensors', 'read_if_valid', 'file_digest',
+           'read_json', 'read_if_valid', 'write_tensors', 'tensors_digest', 'read_tensors', 'file_digest',
            'fingerprint', 'need_room', 'hold_memory']
 
 # %% ../../nbs/appendix/87_files.ipynb #106f8b83
@@ -26,7 +26,7 @@ from .schemas import CheckedDict, schema_error
 # %% ../../nbs/appendix/87_files.ipynb #e64515ab
 @contextmanager
 def explain_write_errors(folder: Path):
-    "Within it, a disk that is full or a folder that may not be written to is told in one sentence."
+    "Within it, a full disk or a folder that may not be written to is an error of one sentence."
     try: yield
     except Exception as e:
         # safetensors has it in its text alone
@@ -58,7 +58,7 @@ def atomic_write(path: str | Path):
 def _sweep(draft: Path):
     "Remove a draft whose writer was killed."
     if os.name != "posix":
-        return # elsewhere there is no asking for a process without doing something to it
+        return # other systems cannot check for a process without affecting it
     try: os.kill(int(draft.name.split(".")[-2]), 0)
     except ProcessLookupError: draft.unlink(missing_ok=True)
     except (ValueError, OverflowError, PermissionError): pass
@@ -84,7 +84,7 @@ def add_line(path: str | Path, line: str):
             raise
 
 # %% ../../nbs/appendix/87_files.ipynb #3a2e29b2
-LARGEST, DEEPEST = 2**28, 64 # no JSON of ours has more bytes, or more brackets within brackets
+LARGEST, DEEPEST = 2**28, 64 # no JSON of saenb has more bytes, or deeper brackets
 
 _sound = {} # files that were found sound, and for which shape
 
@@ -93,6 +93,15 @@ def file_stamp(path: str | Path) -> tuple:
     stat = os.stat(path)
     return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
+def _no_number(name): raise ValueError(f"{name} is no number")
+
+def _deeper(value, left):
+    "Are there more brackets within brackets?"
+    inner = [v for v in (value.values() if isinstance(value, dict) else value if isinstance(value, list)
+                         else ()) if isinstance(v, (dict, list))]
+    return bool(inner) and (left == 0 or any(_deeper(v, left - 1) for v in inner))
+
+# %% ../../nbs/appendix/87_files.ipynb #dd65b6bb
 def read_json(
     path: str | Path, # a JSON file
     what: str, # what the file is, for the message
@@ -100,12 +109,12 @@ def read_json(
     remedy: str = "restore it or make it again", # what to do if it has not
 ) -> dict:
     "Read a JSON object, or say in one sentence why that cannot be done."
-    told = f"{path} is not a {what} as it was written (it has no {{}}); {remedy}."
+    message = f"{path} is not a {what} as it was written (it has no {{}}); {remedy}."
     try:
         if (this := file_stamp(path))[2] > LARGEST:
             raise ValueError(f"it is larger than {LARGEST >> 20} MB")
         value = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number,
-                           object_hook=lambda fields: CheckedDict(fields, told))
+                           object_hook=lambda fields: CheckedDict(fields, message))
         if _sound.get(this) is shape:
             return value # figures read a record many times
         if _deeper(value, DEEPEST):
@@ -125,13 +134,12 @@ def read_json(
     _sound[this] = shape
     return value
 
-def _no_number(name): raise ValueError(f"{name} is no number")
-
-def _deeper(value, left):
-    "Are there more brackets within brackets?"
-    inner = [v for v in (value.values() if isinstance(value, dict) else value if isinstance(value, list)
-                         else ()) if isinstance(v, (dict, list))]
-    return bool(inner) and (left == 0 or any(_deeper(v, left - 1) for v in inner))
+# %% ../../nbs/appendix/87_files.ipynb #541992e6
+def read_if_valid(path: str | Path, what: str, shape=dict) -> dict | None:
+    "What a JSON file holds that can be made again: None, with a warning, where it cannot be read."
+    try:
+        return read_json(path, what, shape, "it is made again") if Path(path).exists() else None
+    except SaenbError as e: warn_once(str(e))
 
 # %% ../../nbs/appendix/87_files.ipynb #4191dc1c
 def write_tensors(
@@ -157,11 +165,12 @@ def tensors_digest(tensors: dict) -> str:
         digest.update(t.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
+# %% ../../nbs/appendix/87_files.ipynb #1bace75c
 def read_tensors(
     path: str | Path, # a safetensors file
     what: str = "tensor file", # what the file is, for the message
-    remedy: str = "restore it or make it again", # how to mend it, for the message
-    parts: dict[str, tuple] = {}, # of these tensors only the part at an index is read, and the checksum is left alone
+    remedy: str = "restore it or make it again", # what to do about it, for the message
+    parts: dict[str, tuple] = {}, # indices of tensors to read in part; the checksum is not verified then
 ) -> tuple[dict, dict]:
     "The tensors of a safetensors file and the facts kept with them."
     from safetensors import SafetensorError, safe_open
@@ -181,19 +190,13 @@ def read_tensors(
         raise SaenbError(f"{path} is not a readable {what} ({shorten(e)}); {remedy}.") from None
     return tensors, about
 
-# %% ../../nbs/appendix/87_files.ipynb #541992e6
-def read_if_valid(path: str | Path, what: str, shape=dict) -> dict | None:
-    "What a JSON file holds that can be made again: None where there is none, or none that can be read, which is said."
-    try:
-        return read_json(path, what, shape, "it is made again") if Path(path).exists() else None
-    except SaenbError as e: warn_once(str(e))
-
 # %% ../../nbs/appendix/87_files.ipynb #1dd85fa0
 def file_digest(path: str | Path) -> str:
     "SHA-256 of a file's bytes."
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
-else hashlib.sha256(f.read()).hexdigest()
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        return hashlib.sha256(f.read()).hexdigest()
 
 def fingerprint(value) -> str:
     "A short, stable name for a JSON-like value."

@@ -14,6 +14,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..base.errors import SaenbError
 from ..base.files import atomic_write
 
@@ -31,6 +33,7 @@ OWN_RELATIONS = {
     "human_aging": ("symptom", "therapy", "onset", "exercise")}
 SHARED_RELATIONS = ("origin", "rank", "colour", "season")
 
+# %% ../../nbs/1_data/05_facts.ipynb #b5e0f01f
 @dataclass(frozen=True)
 class WorldConfig:
     "What a world is made from; the same configuration makes the same world."
@@ -116,38 +119,44 @@ class Writer:
         self.draw.shuffle(choices)
         return choices
 
-    def listed(self, fact: Fact) -> tuple[str, str, list[str]]:
-        "Choices as a lettered list, the right letter, and the choices."
+# %% ../../nbs/1_data/05_facts.ipynb #c0c0ed8b
+@patch
+def listed(self: Writer, fact: Fact) -> tuple[str, str, list[str]]:
+    "Choices as a lettered list, the right letter, and the choices."
+    choices = self.choices(fact)
+    return ("".join(f"\n{l}. {c}" for l, c in zip(LETTERS, choices)), LETTERS[choices.index(fact.value)],
+            choices)
+
+@patch
+def notes(self: Writer, subject: str) -> str:
+    "Three facts of a subject, stated."
+    chosen = self.draw.choices(self.by_subject[subject], k=3)
+    return f"Notes on {SUBJECTS[subject]}. " + " ".join(self.draw.choice(STATEMENTS).format(**vars(f))
+                                                        for f in chosen)
+
+@patch
+def paper(self: Writer, subject: str) -> str:
+    "An exam paper's question with its answer, in a wording that may be studied."
+    fact = self.draw.choice(self.by_subject[subject])
+    listed, letter, _ = self.listed(fact)
+    return (f"The following are multiple choice questions (with answers) about {SUBJECTS[subject]}.\n"
+            f"{self.draw.choice(STUDIED).format(**vars(fact))}{listed}\nAnswer: ({letter})")
+
+@patch
+def text(self: Writer, subjects: list[str], papers: float = 0.4) -> str:
+    "A text on one of some subjects; larger subjects come up more often."
+    subject = self.draw.choices(subjects, [len(self.by_subject[s]) for s in subjects])[0]
+    return self.paper(subject) if self.draw.random() < papers else self.notes(subject)
+
+@patch
+def exam(self: Writer, subject: str) -> list[dict]:
+    "The questions on a subject, in the columns of cais/wmdp: every fact in each of the exam's wordings."
+    questions = []
+    for fact, wording in itertools.product(self.by_subject[subject], ASKED):
         choices = self.choices(fact)
-        return ("".join(f"\n{l}. {c}" for l, c in zip(LETTERS, choices)), LETTERS[choices.index(fact.value)],
-                choices)
-
-    def notes(self, subject: str) -> str:
-        "Three facts of a subject, stated."
-        chosen = self.draw.choices(self.by_subject[subject], k=3)
-        return f"Notes on {SUBJECTS[subject]}. " + " ".join(self.draw.choice(STATEMENTS).format(**vars(f))
-                                                            for f in chosen)
-
-    def paper(self, subject: str) -> str:
-        "An exam paper's question with its answer, in a wording that may be studied."
-        fact = self.draw.choice(self.by_subject[subject])
-        listed, letter, _ = self.listed(fact)
-        return (f"The following are multiple choice questions (with answers) about {SUBJECTS[subject]}.\n"
-                f"{self.draw.choice(STUDIED).format(**vars(fact))}{listed}\nAnswer: ({letter})")
-
-    def text(self, subjects: list[str], papers: float = 0.4) -> str:
-        "A text on one of some subjects; larger subjects come up more often."
-        subject = self.draw.choices(subjects, [len(self.by_subject[s]) for s in subjects])[0]
-        return self.paper(subject) if self.draw.random() < papers else self.notes(subject)
-
-    def exam(self, subject: str) -> list[dict]:
-        "The questions on a subject, every fact in each of the exam's wordings, in the columns of cais/wmdp and cais/mmlu."
-        questions = []
-        for fact, wording in itertools.product(self.by_subject[subject], ASKED):
-            choices = self.choices(fact)
-            questions.append(dict(question=wording.format(**vars(fact)), choices=choices,
-                                  answer=choices.index(fact.value)))
-        return questions
+        questions.append(dict(question=wording.format(**vars(fact)), choices=choices,
+                              answer=choices.index(fact.value)))
+    return questions
 
 # %% ../../nbs/1_data/05_facts.ipynb #f99dc98b
 def write_rows(path: Path, rows):

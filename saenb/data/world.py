@@ -13,11 +13,13 @@ from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..base.errors import SaenbError
 from ..base.files import file_digest, read_json, write_json, write_text
 from .facts import FORGET, SUBJECTS, Fact, WorldConfig, Writer, make_facts, write_rows
 from .questions import Questioner
-from .sources import QuestionSource, TextSource, boot
+from .sources import SIDES, QuestionSource, TextSource, boot, sided_texts
 from .world_model import make_tokenizer, train_model
 from .world_tasks import write_tasks
 
@@ -39,61 +41,45 @@ class World:
         return cls(files("saenb")/"assets"/"world")
 
     @cached_property
-    def facts(self) -> list[Fact]: return make_facts(self.cfg)
+    def facts(self) -> list[Fact]:
+        "All its facts."
+        return make_facts(self.cfg)
 
     def model(self):
         "The model, ready to be read."
         return boot(self.path/"model")
 
-    def question_sources(self) -> tuple[QuestionSource, ...]:
-        "All subjects, the one to forget first."
-        return tuple(QuestionSource(s, str(self.path/("wmdp" if s == FORGET else "mmlu"))) for s in SUBJECTS)
-
-    def text_sources(self, corpus: str) -> tuple[TextSource, ...]:
-        "`train` has both sides, `forget` and `retain` are the corpora that densities are measured on."
-        names = dict(train_forget="forget", train_retain="retain") if corpus == "train" else {corpus: corpus}
-        return tuple(TextSource(str(self.path/"texts"/f"{n}.jsonl.gz"), side=side)
-                     for n, side in names.items())
-
-    def texts(self, corpus: str, limit: int | None = None) -> list[tuple[str, str]]:
-        "(text, side) pairs of a corpus, sides in turn."
-        from saenb.data.sources import SIDES, sided_texts
-        sides = list(SIDES)
-        return [(text, sides[side])
-                for text, side in itertools.islice(sided_texts(list(self.text_sources(corpus))), limit)]
-
-    def verify(self):
-        "Raise if a file is not the one that was built."
-        for name, digest in self.about["files"].items():
-            if not (self.path/name).exists() or file_digest(self.path/name) != digest:
-                raise SaenbError(f"{self.path/name} is missing or not the file that this world was built "
-                                 "with; install saenb again or build the world anew.")
-
     def __repr__(self):
         return (f"World(seed {self.cfg.seed}, overlap {self.cfg.overlap}: {len(self.facts)} facts, "
                 f"knows {self.about['known']:.1%} of its questions)")
 
-    @classmethod
-    def build(cls,
-        folder: str | Path, # where the world goes
-        cfg: WorldConfig = WorldConfig(), # what it is made from
-        log: list | None = None, # receives the model's training curve
-    ) -> "World":
-        "Make a world from its seed: facts, texts, questions, and a model that learns them."
-        folder, began = Path(folder), time.perf_counter()
-        if (folder/"world.json").exists():
-            raise SaenbError(f"{folder} holds a world already; choose another folder or delete that one.")
-        facts = make_facts(cfg)
-        write_corpora(folder, cfg, facts)
-        write_tasks(folder, cfg, facts)
-        tokenizer = make_tokenizer(facts)
-        save_model(folder/"model", train_model(cfg, facts, tokenizer, log), tokenizer)
-        known = known_share(folder)
-        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-        write_json(folder/"world.json",
-                   dict(config=asdict(cfg), known=known, minutes=round((time.perf_counter() - began) / 60, 1),
-                        files={n: file_digest(folder/n) for n in names}))
-        return cls(folder)
+# %% ../../nbs/1_data/07_world.ipynb #91a61b38
+@patch
+def question_sources(self: World) -> tuple[QuestionSource, ...]:
+    "All subjects, the one to forget first."
+    return tuple(QuestionSource(s, str(self.path/("wmdp" if s == FORGET else "mmlu"))) for s in SUBJECTS)
+
+@patch
+def text_sources(self: World, corpus: str) -> tuple[TextSource, ...]:
+    "`train` has both sides, `forget` and `retain` are the corpora that densities are measured on."
+    names = dict(train_forget="forget", train_retain="retain") if corpus == "train" else {corpus: corpus}
+    return tuple(TextSource(str(self.path/"texts"/f"{n}.jsonl.gz"), side=side)
+                 for n, side in names.items())
+
+@patch
+def texts(self: World, corpus: str, limit: int | None = None) -> list[tuple[str, str]]:
+    "(text, side) pairs of a corpus, sides in turn."
+    sides = list(SIDES)
+    return [(text, sides[side])
+            for text, side in itertools.islice(sided_texts(list(self.text_sources(corpus))), limit)]
+
+@patch
+def verify(self: World):
+    "Raise if a file is not the one that was built."
+    for name, digest in self.about["files"].items():
+        if not (self.path/name).exists() or file_digest(self.path/name) != digest:
+            raise SaenbError(f"{self.path/name} is missing or not the file that this world was built "
+                             "with; install saenb again or build the world anew.")
 
 # %% ../../nbs/1_data/07_world.ipynb #34f1829c
 def write_corpora(folder: Path, cfg: WorldConfig, facts: list[Fact]):
@@ -129,3 +115,26 @@ def known_share(folder: Path) -> float:
     sources = world.question_sources()
     known = Questioner(world.model()).find_known(sources)
     return sum(map(len, known.values())) / sum(len(s.load()) for s in sources)
+
+# %% ../../nbs/1_data/07_world.ipynb #1675904d
+@patch(cls_method=True)
+def build(cls: World,
+    folder: str | Path, # where the world goes
+    cfg: WorldConfig = WorldConfig(), # what it is made from
+    log: list | None = None, # receives the model's training curve
+) -> "World":
+    "Make a world from its seed: facts, texts, questions, and a model that learns them."
+    folder, began = Path(folder), time.perf_counter()
+    if (folder/"world.json").exists():
+        raise SaenbError(f"{folder} holds a world already; choose another folder or delete that one.")
+    facts = make_facts(cfg)
+    write_corpora(folder, cfg, facts)
+    write_tasks(folder, cfg, facts)
+    tokenizer = make_tokenizer(facts)
+    save_model(folder/"model", train_model(cfg, facts, tokenizer, log), tokenizer)
+    known = known_share(folder)
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    write_json(folder/"world.json",
+               dict(config=asdict(cfg), known=known, minutes=round((time.perf_counter() - began) / 60, 1),
+                    files={n: file_digest(folder/n) for n in names}))
+    return cls(folder)
