@@ -1,4 +1,5 @@
-"""The house: layers, names, sizes, nothing that knows one experiment by name, records that open, former paths."""
+"""The house: layers, names, sizes, nothing that knows one experiment by name, records that open, former
+paths."""
 import ast
 import importlib
 import json

@@ -1,4 +1,5 @@
-"""The ten runs of the orthogonality experiment: their constants, their penalty, and that each does what it is for."""
+"""The ten runs of the orthogonality experiment: their constants, their penalty, and that each does what
+it is for."""
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 
 from saenb.base.errors import SaenbError
 from saenb.ideas.pairs import jaccard, mutual_information
-from saenb.ideas.orthogonality import OrthogonalPairs, charged_cosines, exponential, fixed, proportional, rising
+from saenb.ideas.orthogonality import (OrthogonalPairs, charged_cosines, exponential, fixed, proportional,
+                                       rising)
 from saenb.ideas.run import find_run
 from saenb.sae.gates import make_mechanism
 from saenb.train.config import TrainConfig
@@ -43,13 +45,15 @@ def train(store, fresh):
         name = str((settings, length))
         if name not in made:
             sae = fresh(d_sae=256)
-            made[name] = Trainer(sae, store, [make_mechanism("OrthogonalPairs", settings, sae.cfg)] if settings else [], length)
+            made[name] = Trainer(sae, store, [make_mechanism("OrthogonalPairs", settings, sae.cfg)]
+                                     if settings else [], length)
             made[name].fit(progress=False)
         return made[name]
     return run
 
 
-def squared_cosines(sae, pairs): return (sae.W_dec[pairs[0]] * sae.W_dec[pairs[1]]).sum(1).detach()**2
+def squared_cosines(sae, pairs):
+    return (sae.W_dec[pairs[0]] * sae.W_dec[pairs[1]]).sum(1).detach()**2
 
 
 def chosen(trainer):
@@ -65,12 +69,14 @@ def test_constants_are_the_tables_and_come_from_the_run(number, fresh):
     assert made.settings.items() >= settings.items() and made.extra["tau"] == TABLE[number]["tau"]
     run = find_run(f"orthogonality/{number}")
     assert run.as_dict()["constants"] == settings
-    assert find_run(run.builds_on).experiment == "orthogonality" and int(find_run(run.builds_on).number) < number
+    assert (find_run(run.builds_on).experiment == "orthogonality"
+            and int(find_run(run.builds_on).number) < number)
 
 
 @pytest.mark.parametrize("number", [3, 40, 2000])
 def test_the_penalty_and_its_gradient(number):
-    """By looking rows up or by whole products: the mean of tau times the squared cosine, and what autograd makes of that."""
+    """By looking rows up or by whole products: the mean of tau times the squared cosine, and what
+    autograd makes of that."""
     draw = torch.Generator().manual_seed(number)
     rows = torch.nn.functional.normalize(torch.randn(90, 20, generator=draw), dim=1)
     every = torch.combinations(torch.arange(90)).T
@@ -80,7 +86,8 @@ def test_the_penalty_and_its_gradient(number):
     wanted = sum(t * torch.dot(plain[i], plain[j])**2 for i, j, t in zip(*pairs.tolist(), tau)) / number
     wanted.backward()
     # the list may be longer than what is chosen
-    found = charged_cosines(ours, torch.cat([pairs, torch.zeros(2, 5, dtype=torch.long)], 1), torch.cat([tau, torch.zeros(5)]))
+    found = charged_cosines(ours, torch.cat([pairs, torch.zeros(2, 5, dtype=torch.long)], 1),
+                            torch.cat([tau, torch.zeros(5)]))
     found.backward()
     torch.testing.assert_close(found, wanted.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-6)
@@ -102,14 +109,18 @@ def test_rules():
 
 @pytest.mark.parametrize("number", TABLE)
 def test_the_pairs_that_a_run_watches_part(number, train):
-    """Their squared cosines are smaller than those of the same pairs in the baseline, trained from the same start, and the reconstruction survives."""
+    """Their squared cosines are smaller than those of the same pairs in the baseline, trained from the
+    same start, and the reconstruction survives."""
     with_, without = train(settings_of(number)), train()
     pairs = chosen(with_)
     assert pairs.shape[1] > 10
-    assert squared_cosines(with_.sae, pairs).mean() < (0.98 if number == 10 else 0.95) * squared_cosines(without.sae, pairs).mean() # there is little information in a pair, so run 10 charges little
+    # there is little information in a pair, so run 10 charges little
+    assert (squared_cosines(with_.sae, pairs).mean()
+            < (0.98 if number == 10 else 0.95) * squared_cosines(without.sae, pairs).mean())
     last = with_.history[-1]
     assert last["reconstruction"] < 2 * without.history[-1]["reconstruction"]
-    assert 0 <= last["OrthogonalPairs.agreement"] <= 1 and last["OrthogonalPairs.squared_cosine"] == pytest.approx(squared_cosines(with_.sae, pairs).mean().item(), rel=1e-3)
+    assert (0 <= last["OrthogonalPairs.agreement"] <= 1 and last["OrthogonalPairs.squared_cosine"]
+            == pytest.approx(squared_cosines(with_.sae, pairs).mean().item(), rel=1e-3))
 
 
 @pytest.mark.parametrize("number, on", [(2, 1), (3, 2), (7, 6)])
@@ -123,18 +134,23 @@ def test_a_stronger_charge_parts_them_further(number, on, train):
 @pytest.mark.parametrize("number", [2, 3, 4])
 def test_tau_follows_the_correlation_in_the_batch(number, train, store):
     """The same seed, with the rule switched off: there every pair is charged alike."""
-    adaptive, alike = (train(s).mechanisms[0] for s in (settings_of(number), {k: v for k, v in settings_of(number, rule="fixed").items() if k not in ("tau_max", "rate")}))
+    adaptive, alike = (train(s).mechanisms[0] for s in (settings_of(number), {k: v for k, v in settings_of(
+        number, rule="fixed").items() if k not in ("tau_max", "rate")}))
     assert len(set(alike.tau.tolist())) == 1
-    last = [batch.x.float() for batch, _ in zip(store.batches(LENGTH.batch, LENGTH.seed, LENGTH.steps - 1), range(1))][0] # the batch of the last step
+    # the batch of the last step
+    last = [batch.x.float()
+            for batch, _ in zip(store.batches(LENGTH.batch, LENGTH.seed, LENGTH.steps - 1), range(1))][0]
     f = train(settings_of(number)).sae.encode(last).detach().double() # a step later, so a little different
     pairs, tau = chosen(train(settings_of(number))), adaptive.tau[adaptive.tau > 0]
     r = np.abs(np.corrcoef(f.T))[pairs[0], pairs[1]]
     assert np.corrcoef(tau, r)[0, 1] > 0.95
-    assert tau.min() >= TABLE[number]["tau"] and TABLE[number]["tau"] * 1.2 < tau.max() <= TABLE[number].get("tau_max", 0.1 * 7.39)
+    assert (tau.min() >= TABLE[number]["tau"]
+            and TABLE[number]["tau"] * 1.2 < tau.max() <= TABLE[number].get("tau_max", 0.1 * 7.39))
 
 
 def test_run_4_charges_half_as_many_pairs(train):
-    assert chosen(train(settings_of(4))).shape[1] == pytest.approx(chosen(train(settings_of(2))).shape[1] / 2, abs=1)
+    assert chosen(train(settings_of(4))).shape[1] == pytest.approx(chosen(train(settings_of(2))).shape[1] / 2,
+                                                                   abs=1)
 
 
 def test_gradients_choose_other_pairs_than_activations(train):
@@ -145,13 +161,16 @@ def test_gradients_choose_other_pairs_than_activations(train):
 
 
 def test_run_6s_count_grows_with_the_dictionary(fresh):
-    counts = {d: make_mechanism("OrthogonalPairs", settings_of(6), fresh(d_sae=d).cfg).pairs.shape[1] for d in (64, 128, 256)}
+    counts = {d: make_mechanism("OrthogonalPairs", settings_of(6), fresh(d_sae=d).cfg).pairs.shape[1]
+              for d in (64, 128, 256)}
     assert counts == {d: round(0.05 * d * (d - 1) / 2) for d in counts}
-    assert all(make_mechanism("OrthogonalPairs", settings_of(5), fresh(d_sae=d).cfg).pairs.shape[1] == 100 for d in (64, 128))
+    assert all(make_mechanism("OrthogonalPairs", settings_of(5), fresh(d_sae=d).cfg).pairs.shape[1] == 100
+               for d in (64, 128))
 
 
 def test_a_shorter_memory_forgets_sooner(train):
-    """Run 7 against run 6: with 0.5 the choice follows the last batches, so it agrees less with the one before."""
+    """Run 7 against run 6: with 0.5 the choice follows the last batches, so it agrees less with the one
+    before."""
     long, short = (train(settings_of(7, memory=m)).history for m in (0.9, 0.5))
     mean = lambda history: sum(line["OrthogonalPairs.agreement"] for line in history[2:]) / len(history[2:])
     assert mean(short) < mean(long)
@@ -171,7 +190,8 @@ def test_run_9_charges_what_persists_exponentially(train):
 
 
 def test_run_10_charges_dependence(train, store):
-    """Its pairs hold more information about each other than the baseline's correlated ones do by lot, and tau is half of it."""
+    """Its pairs hold more information about each other than the baseline's correlated ones do by lot,
+    and tau is half of it."""
     trainer = train(settings_of(10))
     pairs, m = chosen(trainer), trainer.mechanisms[0]
     f = trainer.sae.encode(store.rows(0, 4096).x).detach()
@@ -185,7 +205,8 @@ def test_run_10_charges_dependence(train, store):
 def test_stopped_and_resumed_it_ends_with_the_same_bytes(number, fresh, ends_the_same):
     def parts():
         sae = fresh(d_sae=64)
-        return sae, [make_mechanism("OrthogonalPairs", settings_of(number, refresh=min(3, settings_of(number).get("refresh", 1))), sae.cfg)]
+        return sae, [make_mechanism("OrthogonalPairs", settings_of(
+            number, refresh=min(3, settings_of(number).get("refresh", 1))), sae.cfg)]
     ends_the_same(parts)
 
 
@@ -193,7 +214,8 @@ def test_charging_less_often_weighs_as_much(store, fresh):
     """Over two steps, a charge at every second step with twice the weight adds up to one at each."""
     def charges(every):
         sae = fresh(d_sae=64)
-        trainer = Trainer(sae, store, [make_mechanism("OrthogonalPairs", dict(by="coactivation", share=0.1, tau=0.2, every=every), sae.cfg)],
+        trainer = Trainer(sae, store, [make_mechanism(
+            "OrthogonalPairs", dict(by="coactivation", share=0.1, tau=0.2, every=every), sae.cfg)],
                           replace(LENGTH, steps=2, lr=1e-12, log_every=1))
         trainer.fit(progress=False)
         return [line["OrthogonalPairs.cosines"] for line in trainer.history]
@@ -203,9 +225,17 @@ def test_charging_less_often_weighs_as_much(store, fresh):
 
 def test_settings_that_make_no_sense(fresh):
     cfg = fresh(d_sae=64).cfg
-    for settings, said in ((dict(by="coactivation", tau=0.1), "share or a count"), (dict(by="coactivations", tau=0.1, share=0.1), "did you mean coactivation"),
-                           (dict(by="coactivation", tau=0.1, share=0.1, rule="rising"), "rule 'rising' cannot be used"), (dict(by="window", tau=0.1, share=0.1), "cannot be chosen by window"),
-                           (dict(by="window", tau=0.1, share=0.1, window=5, windows=3), "cannot be chosen by window"), (dict(tau=0.1), "mend its settings"), (dict(by="window", tau=0.1, share=0.1, window=0), "window of 0"),
-                           *((dict(by="coactivation", tau=0.1, share=0.1) | wrong, "Pairs cannot be charged") for wrong in (dict(refresh=0), dict(every=0), dict(tau=-1.0)))):
-        with pytest.raises(SaenbError, match=said): make_mechanism("OrthogonalPairs", settings, cfg)
-    assert isinstance(make_mechanism("OrthogonalPairs", dict(by="window", window=5, tau=0.1, share=0.1), cfg), OrthogonalPairs)
+    for settings, said in (
+            (dict(by="coactivation", tau=0.1), "share or a count"),
+            (dict(by="coactivations", tau=0.1, share=0.1), "did you mean coactivation"),
+            (dict(by="coactivation", tau=0.1, share=0.1, rule="rising"), "rule 'rising' cannot be used"),
+            (dict(by="window", tau=0.1, share=0.1), "cannot be chosen by window"),
+            (dict(by="window", tau=0.1, share=0.1, window=5, windows=3), "cannot be chosen by window"),
+            (dict(tau=0.1), "mend its settings"),
+            (dict(by="window", tau=0.1, share=0.1, window=0), "window of 0"),
+            *((dict(by="coactivation", tau=0.1, share=0.1) | wrong, "Pairs cannot be charged")
+              for wrong in (dict(refresh=0), dict(every=0), dict(tau=-1.0)))):
+        with pytest.raises(SaenbError, match=said):
+            make_mechanism("OrthogonalPairs", settings, cfg)
+    assert isinstance(make_mechanism("OrthogonalPairs", dict(by="window", window=5, tau=0.1, share=0.1), cfg),
+                      OrthogonalPairs)

@@ -1,4 +1,5 @@
-"""The ten positional runs and static slicing: their constants, their parts, and that each does what it is for."""
+"""The ten positional runs and static slicing: their constants, their parts, and that each does what it
+is for."""
 import itertools
 
 import numpy as np
@@ -10,7 +11,7 @@ from saenb.base.errors import SaenbError
 from saenb.evals.exam import feature_stats
 from saenb.data.store import Batch
 from saenb.ideas.positional import EvolvingMask, HardMask, HybridMask, Lookup, SoftMask
-from saenb.ideas.routing import FeatureRouter, PositionContrast, told_of_others
+from saenb.ideas.routing import FeatureRouter, PositionContrast, normal_information
 from saenb.ideas.run import find_run
 from saenb.sae.gates import make_mechanism
 from saenb.sae.sae import SAE, SAEConfig, load_sae
@@ -26,9 +27,12 @@ TABLE = { # what the logs and the spec give, and what the run builds on
     5: ("4", dict(EvolvingMask={}, UsageResets=dict(least=0.01))),
     6: ("0", dict(FeatureRouter=ROUTER, UsageResets=RESETS)),
     7: ("6", dict(FeatureRouter=ROUTER, UsageResets=RESETS, PositionContrast=dict(memory=0.95))),
-    8: ("6", dict(FeatureRouter=ROUTER | dict(groups=16, competition=0.1), UsageResets=RESETS, PositionContrast={})),
-    9: ("6", dict(FeatureRouter=ROUTER | dict(groups=32, learned=True), UsageResets=RESETS, PositionContrast={})),
-    10: ("9", dict(FeatureRouter=ROUTER | dict(groups=32, learned=True), UsageResets=RESETS, PositionContrast={}, FeatureInformation={})),
+    8: ("6", dict(FeatureRouter=ROUTER | dict(groups=16, competition=0.1),
+                  UsageResets=RESETS, PositionContrast={})),
+    9: ("6",
+        dict(FeatureRouter=ROUTER | dict(groups=32, learned=True), UsageResets=RESETS, PositionContrast={})),
+    10: ("9", dict(FeatureRouter=ROUTER | dict(groups=32, learned=True),
+                   UsageResets=RESETS, PositionContrast={}, FeatureInformation={})),
     "static": ("1", dict(HardMask=dict(masked_gradient=False))),
 }
 LENGTH = TrainConfig(steps=250, lr=1e-3, warmup=20, batch=1024)
@@ -36,7 +40,8 @@ LENGTH = TrainConfig(steps=250, lr=1e-3, warmup=20, batch=1024)
 
 def mechanisms_of(number, without=(), **change):
     """A run's mechanisms, some left out or changed, with decisions often enough for a short training."""
-    return tuple((name, settings | (dict(every=50) if name in ("EvolvingMask", "UsageResets") else {}) | change.get(name, {}))
+    return tuple((name, settings | (dict(every=50) if name in ("EvolvingMask", "UsageResets") else {})
+                      | change.get(name, {}))
                  for name, settings in find_run(f"positional/{number}").mechanisms if name not in without)
 
 
@@ -44,22 +49,27 @@ def mechanisms_of(number, without=(), **change):
 def unseen(store): return next(store.batches(2**13, 99))
 
 
-def part(trainer, name): return next(m for m in trainer.mechanisms if type(m).__name__ == name)
+def part(trainer, name):
+    return next(m for m in trainer.mechanisms if type(m).__name__ == name)
 
 
 @torch.no_grad()
 def told_of_position(trainer, batch, parts=8):
-    """Nats that the feature which carries a random unit of activation tells about the part of the text in which it lies."""
-    f, where = trainer.sae.encode(batch.x.float(), batch.position), F.one_hot(batch.position.long() * parts // 128, parts).float()
+    """Nats that the feature which carries a random unit of activation tells about the part of the text
+    in which it lies."""
+    f, where = (trainer.sae.encode(batch.x.float(), batch.position),
+                F.one_hot(batch.position.long() * parts // 128, parts).float())
     joint = (where / where.sum(0)).T @ f
     joint = joint / joint.sum()
-    return (torch.special.xlogy(joint, joint).sum() - sum(torch.special.xlogy(p, p).sum() for p in (joint.sum(0), joint.sum(1)))).item()
+    return (torch.special.xlogy(joint, joint).sum()
+            - sum(torch.special.xlogy(p, p).sum() for p in (joint.sum(0), joint.sum(1)))).item()
 
 
 @pytest.mark.parametrize("number", TABLE)
 def test_constants_are_the_tables_and_come_from_the_run(number, fresh):
     run, (builds_on, mechanisms) = find_run(f"positional/{number}"), TABLE[number]
-    assert [name for name, _ in run.mechanisms] == list(mechanisms) and run.builds_on == f"positional/{builds_on}"
+    assert ([name for name, _ in run.mechanisms] == list(mechanisms)
+            and run.builds_on == f"positional/{builds_on}")
     for name, settings in run.mechanisms:
         assert mechanisms[name].items() <= settings.items()
         assert make_mechanism(name, settings, fresh().cfg).settings.items() >= settings.items()
@@ -87,7 +97,8 @@ def test_features_speak_in_their_own_part_alone(number, train, unseen):
 
 @pytest.mark.parametrize("number, spreads", [(1, False), ("static", True)])
 def test_gradients_are_masked_but_for_static_slicing(number, spreads, fresh, unseen):
-    """All tokens in the first eighth: features of the others learn nothing from them, unless gradients pass the mask."""
+    """All tokens in the first eighth: features of the others learn nothing from them, unless gradients
+    pass the mask."""
     sae = fresh(d_sae=64)
     (name, settings), = mechanisms_of(number)
     sae.gates.append(make_mechanism(name, settings, sae.cfg))
@@ -104,7 +115,8 @@ def test_static_slicing_beside_masked_gradients(train, unseen):
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_masks_make_features_tell_of_position_the_more_the_sharper_they_are(number, train, unseen):
-    assert told_of_position(train(mechanisms_of(number)), unseen) > 1.5 * told_of_position(train(mechanisms_of(number + 1) if number < 3 else ()), unseen)
+    assert (told_of_position(train(mechanisms_of(number)), unseen)
+            > 1.5 * told_of_position(train(mechanisms_of(number + 1) if number < 3 else ()), unseen))
 
 
 def test_a_soft_mask_begins_as_a_gaussian_around_evenly_spread_positions():
@@ -124,8 +136,10 @@ def test_mask_values_adapt_and_stay_between_nothing_and_all(train):
 
 def test_the_gradient_of_a_lookup_is_autograds():
     draw = torch.Generator().manual_seed(0)
-    places, weights = torch.randint(0, 5, (3, 7), generator=draw), torch.randn(3, 7, 4, generator=draw, dtype=torch.double)
-    mine, theirs = (torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.double, requires_grad=True) for _ in range(2))
+    places, weights = (torch.randint(0, 5, (3, 7), generator=draw),
+                       torch.randn(3, 7, 4, generator=draw, dtype=torch.double))
+    mine, theirs = (torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.double,
+                                requires_grad=True) for _ in range(2))
     (Lookup.apply(mine, places) * weights).sum().backward()
     (theirs[places] * weights).sum().backward()
     torch.testing.assert_close(mine.grad, theirs.grad)
@@ -133,15 +147,18 @@ def test_the_gradient_of_a_lookup_is_autograds():
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 5])
-def test_without_positions_nothing_is_masked_and_beyond_the_context_all_is_as_at_its_end(number, train, unseen):
+def test_without_positions_nothing_is_masked_and_beyond_the_context_all_is_as_at_its_end(number, train,
+                                                                                         unseen):
     sae, x = train(mechanisms_of(number)).sae, unseen.x[:64].float()
     mask = sae.gates[0]
     flat, at_best = sae.encode(x), sae.encode(x, torch.zeros(64))
     assert (flat >= at_best).all() and not torch.equal(flat, at_best)
     if number < 4: assert torch.equal(flat, sae.ungated(x))
     assert torch.equal(sae.encode(x, torch.full((64,), 127)), sae.encode(x, torch.full((64,), 5000)))
-    rows = sae.encode(x.view(4, 16, -1), torch.arange(16).expand(4, 16)) # rows of text, as evaluations read them
-    torch.testing.assert_close(rows.view(64, -1), sae.encode(x, torch.arange(16).repeat(4)), rtol=1e-4, atol=1e-4)
+    # rows of text, as evaluations read them
+    rows = sae.encode(x.view(4, 16, -1), torch.arange(16).expand(4, 16))
+    torch.testing.assert_close(rows.view(64, -1), sae.encode(x, torch.arange(16).repeat(4)), rtol=1e-4,
+                               atol=1e-4)
     assert mask.length == 128
 
 
@@ -160,15 +177,18 @@ def test_content_decides_at_one_and_the_same_position(train, unseen):
 
 def test_a_blend_of_nothing_is_the_mask_and_a_blend_of_all_is_the_score(train, unseen):
     mask, x = HybridMask(192, 16), unseen.x[:64].float()
-    with torch.no_grad(): mask.relevance.normal_(generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mask.relevance.normal_(generator=torch.Generator().manual_seed(0))
     f, positions = torch.ones(64, 16), unseen.position[:64]
-    for lean, expected in ((-1e3, mask.mask[positions.long()]), (1e3, (mask.reading(x) @ mask.directions @ mask.relevance + 2).sigmoid())):
+    for lean, expected in ((-1e3, mask.mask[positions.long()]),
+                           (1e3, (mask.reading(x) @ mask.directions @ mask.relevance + 2).sigmoid())):
         with torch.no_grad(): mask.lean.fill_(lean)
         torch.testing.assert_close(mask.gate(x, f, positions), expected)
 
 
 def test_masks_evolve_toward_where_features_would_be_active(store):
-    """A feature that only ever fires late, and one that fires anywhere: the first one's mask closes at the beginning, the other's stays."""
+    """A feature that only ever fires late, and one that fires anywhere: the first one's mask closes at
+    the beginning, the other's stays."""
     mask = EvolvingMask(4, 2, every=1, look=1)
     positions = torch.arange(1, 128).repeat(8)
     f = torch.stack([(positions > 96).float(), torch.ones(len(positions))], 1)
@@ -176,7 +196,8 @@ def test_masks_evolve_toward_where_features_would_be_active(store):
     for _ in range(20):
         mask.remember(f, positions)
         mask.evolve()
-    assert mask.mask[:64, 0].max() < 0.05 and mask.mask[110:, 0].min() > 0.9 and mask.mask[:, 1].min() > start[:, 1].min()
+    assert (mask.mask[:64, 0].max() < 0.05 and mask.mask[110:, 0].min() > 0.9
+            and mask.mask[:, 1].min() > start[:, 1].min())
     expected = torch.tensor([31 / 127, 1.0])
     torch.testing.assert_close(mask.use, expected)
     torch.testing.assert_close(mask.temperatures(), (expected.mean() / expected).sqrt())
@@ -188,7 +209,8 @@ def test_the_history_is_the_mean_activation_before_the_mask(train, fresh, store)
     x, position = next(store.batches(2**14, 5)).x.float(), next(store.batches(2**14, 5)).position.long()
     f, where = trainer.sae.ungated(x).detach(), F.one_hot(position, 128).float()
     mean = (where.T @ f) / where.sum(0)[:, None].clamp_min(1)
-    assert torch.corrcoef(torch.stack([mean.sum(1)[1:], (mask.history / mask.seen.clamp_min(1e-9)).sum(1)[1:]]))[0, 1] > 0.5
+    assert torch.corrcoef(
+        torch.stack([mean.sum(1)[1:], (mask.history / mask.seen.clamp_min(1e-9)).sum(1)[1:]]))[0, 1] > 0.5
     assert torch.corrcoef(torch.stack([mean.sum(0), mask.history.sum(0)]))[0, 1] > 0.95
 
 
@@ -196,7 +218,8 @@ def test_what_is_used_much_gets_a_sharper_mask():
     """Two features of one profile, of which one is active ten times as often."""
     mask = EvolvingMask(4, 2, every=1, look=1, step=1.0)
     positions = torch.arange(128).repeat(40)
-    f = (positions / 128)[:, None] * torch.stack([torch.ones(len(positions)), (torch.arange(len(positions)) // 128 % 10 == 0).float() * 10], 1)
+    f = (positions / 128)[:, None] * torch.stack(
+        [torch.ones(len(positions)), (torch.arange(len(positions)) // 128 % 10 == 0).float() * 10], 1)
     mask.remember(f, positions)
     torch.testing.assert_close(mask.profile()[:, 0], mask.profile()[:, 1])
     mask.evolve()
@@ -207,7 +230,8 @@ def test_what_is_used_much_gets_a_sharper_mask():
 
 def test_masks_follow_their_features_in_training(train):
     """Switched off, they stay the weak Gaussians that they were."""
-    mask, still = (part(train(mechanisms_of(5, EvolvingMask=change)), "EvolvingMask") for change in ({}, dict(step=0.0)))
+    mask, still = (part(train(mechanisms_of(5, EvolvingMask=change)), "EvolvingMask")
+                   for change in ({}, dict(step=0.0)))
     torch.testing.assert_close(still.mask, still.gaussian(1.0))
     follows = lambda m: torch.corrcoef(torch.stack([m.mask.flatten(), mask.profile().flatten()]))[0, 1]
     assert follows(mask) > 0.3 + follows(still)
@@ -215,16 +239,21 @@ def test_masks_follow_their_features_in_training(train):
 
 def test_a_feature_that_begins_anew_gets_a_weak_mask_and_no_history(train, fresh, store):
     sae = fresh(d_sae=64)
-    trainer = Trainer(sae, store, [make_mechanism(n, s, sae.cfg) for n, s in mechanisms_of(5, EvolvingMask=dict(every=10))], TrainConfig(steps=60, lr=1e-3, warmup=5, batch=512))
+    trainer = Trainer(
+        sae, store, [make_mechanism(n, s, sae.cfg) for n, s in mechanisms_of(5, EvolvingMask=dict(every=10))],
+        TrainConfig(steps=60, lr=1e-3, warmup=5, batch=512))
     trainer.fit(progress=False)
     mask, which, others = trainer.mechanisms[0], torch.tensor([2, 9]), torch.arange(10, 64)
     kept = {name: v.detach().clone() for name, v in mask.state_dict().items()}
     trainer.reset_features(which, torch.randn(2, 192), torch.randn(256, 192))
     assert torch.equal(mask.mask[:, which], mask.gaussian(1.0)[:, which]) and not mask.history[:, which].any()
-    for name, p, dim in (("relevance", mask.relevance, 1), ("readiness", mask.readiness, 0), ("lean", mask.lean, 0)):
-        assert len(p.index_select(dim, which).unique()) == 1 and torch.equal(p.index_select(dim, others), kept[name].index_select(dim, others))
+    for name, p, dim in (("relevance", mask.relevance, 1), ("readiness", mask.readiness, 0),
+                         ("lean", mask.lean, 0)):
+        assert (len(p.index_select(dim, which).unique()) == 1
+                and torch.equal(p.index_select(dim, others), kept[name].index_select(dim, others)))
         state = trainer.optimizer.state[p]
-        assert not state["exp_avg"].index_select(dim, which).any() and state["exp_avg_sq"].index_select(dim, others).any()
+        assert (not state["exp_avg"].index_select(dim, which).any()
+                and state["exp_avg_sq"].index_select(dim, others).any())
 
 
 # Attention
@@ -252,9 +281,11 @@ def test_the_group_that_receives_most_is_wide_open_and_groups_share_their_gate(s
     router = routed(stream)
     opened, passes = router.openness(stream), router.gate(stream, torch.ones(300, 64), None)
     torch.testing.assert_close(opened.amax(1), torch.ones(300))
-    torch.testing.assert_close(passes.view(300, 8, 8), opened[..., None].expand(-1, -1, 8)) # importance is 1 at the start
+    # importance is 1 at the start
+    torch.testing.assert_close(passes.view(300, 8, 8), opened[..., None].expand(-1, -1, 8))
     with torch.no_grad(): router.ask.zero_()
-    torch.testing.assert_close(router.gate(stream, torch.ones(300, 64), None), torch.ones(300, 64)) # heads that care for nothing let everything pass
+    # heads that care for nothing let everything pass
+    torch.testing.assert_close(router.gate(stream, torch.ones(300, 64), None), torch.ones(300, 64))
 
 
 def test_importance_goes_through_a_sigmoid(stream):
@@ -277,7 +308,8 @@ def test_competition_silences_what_receives_little(stream):
 
 @pytest.mark.parametrize("number", [6, 8, 9])
 def test_tokens_are_routed(number, train, unseen):
-    """Training makes heads choose: which groups are open depends on the token; the same without a router lets everything pass."""
+    """Training makes heads choose: which groups are open depends on the token; the same without a router
+    lets everything pass."""
     sae = train(mechanisms_of(number)).sae
     opened = sae.gates[0].openness(unseen.x.float()).detach()
     assert opened.std(0).mean() > 0.1 and len(opened.argmax(1).unique()) > 5
@@ -291,25 +323,32 @@ def test_features_choose_clusters_and_the_competition_is_learned(train):
     assert start.competition.item() == pytest.approx(0.1) and abs(router.competition.item() - 0.1) > 0.005
     assert (router.membership() - start.membership()).abs().amax(0).mean() > 0.02
     fixed = part(train(mechanisms_of(8)), "FeatureRouter")
-    assert fixed.competition == pytest.approx(0.1) and torch.equal(fixed.membership().sum(1), torch.full((16,), 16.0))
+    assert (fixed.competition == pytest.approx(0.1)
+            and torch.equal(fixed.membership().sum(1), torch.full((16,), 16.0)))
 
 
 def test_a_feature_that_begins_anew_is_back_in_its_first_cluster(fresh, store):
     sae = fresh(d_sae=64)
-    trainer = Trainer(sae, store, [make_mechanism("FeatureRouter", dict(groups=8, competition=0.1, learned=True), sae.cfg)], TrainConfig(steps=30, lr=1e-2, warmup=5, batch=512))
+    trainer = Trainer(
+        sae, store, [make_mechanism("FeatureRouter", dict(groups=8, competition=0.1, learned=True), sae.cfg)],
+        TrainConfig(steps=30, lr=1e-2, warmup=5, batch=512))
     trainer.fit(progress=False)
-    router, start = trainer.mechanisms[0], make_mechanism("FeatureRouter", dict(groups=8, competition=0.1, learned=True), sae.cfg)
+    router, start = (trainer.mechanisms[0],
+                     make_mechanism("FeatureRouter", dict(groups=8, competition=0.1, learned=True), sae.cfg))
     before = router.choice.detach().clone()
     trainer.reset_features(torch.tensor([3]), torch.randn(1, 192), torch.randn(256, 192))
-    assert torch.equal(router.choice[:, 3], start.choice[:, 3]) and not torch.equal(before[:, 3], start.choice[:, 3]) and torch.equal(router.choice[:, 4:], before[:, 4:])
-    assert router.weight[3] == 0 and not trainer.optimizer.state[router.choice]["exp_avg"][:, 3].any() and trainer.optimizer.state[router.choice]["exp_avg"][:, 4:].any()
+    assert torch.equal(router.choice[:, 3], start.choice[:, 3]) and not torch.equal(
+        before[:, 3], start.choice[:, 3]) and torch.equal(router.choice[:, 4:], before[:, 4:])
+    assert (router.weight[3] == 0 and not trainer.optimizer.state[router.choice]["exp_avg"][:, 3].any()
+            and trainer.optimizer.state[router.choice]["exp_avg"][:, 4:].any())
 
 
 def test_group_use_is_followed(train, unseen):
     router = part(trainer := train(mechanisms_of(8)), "FeatureRouter")
     f = trainer.sae.encode(unseen.x.float(), unseen.position).detach()
     spoken = f.sum(0).view(16, 16).sum(1)
-    assert router.use.sum().item() == pytest.approx(1, abs=1e-4) and torch.corrcoef(torch.stack([router.use, spoken]))[0, 1] > 0.9
+    assert (router.use.sum().item() == pytest.approx(1, abs=1e-4)
+            and torch.corrcoef(torch.stack([router.use, spoken]))[0, 1] > 0.9)
 
 
 # Contrast
@@ -318,7 +357,8 @@ def charged(f, positions, trainer=None, **settings):
     mechanism = PositionContrast(4, f.shape[1], weight=1.0, tokens=len(f), **settings)
     generator = torch.Generator().manual_seed(0)
     from contextlib import nullcontext
-    trainer = trainer or type("Lone", (), dict(generator=generator, mechanisms=(), products=lambda self, a, b: nullcontext()))()
+    trainer = trainer or type(
+        "Lone", (), dict(generator=generator, mechanisms=(), products=lambda self, a, b: nullcontext()))()
     step = type("Step", (), dict(f=f, positions=positions, trainer=trainer))
     return mechanism, step, mechanism.penalty(step)["contrast"]
 
@@ -367,13 +407,15 @@ class Made:
     """A store of a made-up stream: what `stream` says of each position, one batch after the other."""
     d_in, path, hook_name, layer, about = 16, "made up", "", 0, dict(shards=[])
 
-    def __init__(self, stream, positions=lambda i, n, draw: torch.randint(1, 128, (n,), generator=draw)): self.stream, self.positions = stream, positions
+    def __init__(self, stream, positions=lambda i, n, draw: torch.randint(1, 128, (n,), generator=draw)):
+        self.stream, self.positions = stream, positions
     def check_batch(self, batch, balanced): pass
     def batches(self, batch, seed, start=0, balanced=False):
         for i in itertools.count(start):
             draw = torch.Generator().manual_seed(i)
             positions, none = self.positions(i, batch, draw), torch.zeros(batch).long()
-            yield Batch(x=self.stream(i, positions, draw), position=positions.short(), side=none, token=none, sequence=none)
+            yield Batch(x=self.stream(i, positions, draw), position=positions.short(), side=none, token=none,
+                        sequence=none)
 
 
 def placed(i, positions, draw):
@@ -384,21 +426,27 @@ def placed(i, positions, draw):
 
 @pytest.mark.parametrize("number", [7, 9])
 def test_contrast_makes_tokens_of_one_position_alike(number):
-    """In a stream that holds something of positions: tokens of one position come nearer to each other than to those of others."""
+    """In a stream that holds something of positions: tokens of one position come nearer to each other
+    than to those of others."""
     store, nearer = Made(placed), []
     for without in ((), ("PositionContrast",)):
         sae = SAE(SAEConfig(d_in=16, d_sae=64)).initialise(next(store.batches(4096, 0)).x, 0)
-        mechanisms = [make_mechanism(name, settings, sae.cfg) for name, settings in mechanisms_of(number, without)]
-        Trainer(sae, store, mechanisms, TrainConfig(steps=300, warmup=20, lr=3e-3, batch=1024)).fit(progress=False)
+        mechanisms = [make_mechanism(name, settings, sae.cfg)
+                      for name, settings in mechanisms_of(number, without)]
+        Trainer(sae, store, mechanisms,
+                TrainConfig(steps=300, warmup=20, lr=3e-3, batch=1024)).fit(progress=False)
         batch = next(store.batches(3000, 0, 10**6))
         f, same = F.normalize(sae.encode(batch.x).detach(), dim=1), batch.position[:, None] == batch.position
-        nearer.append(((f @ f.T)[same & ~torch.eye(3000, dtype=torch.bool)].mean() - (f @ f.T)[~same].mean()).item())
+        nearer.append(((f @ f.T)[same & ~torch.eye(3000, dtype=torch.bool)].mean() - (f @ f.T)[~same].mean())
+                      .item())
     assert nearer[0] > 2 * nearer[1] > 0
 
 
 def test_clusters_cannot_be_compared_where_there_are_none(fresh, store):
-    trainer = Trainer(fresh(d_sae=64), store, [PositionContrast(192, 64, weight=0.1)], TrainConfig(steps=2, batch=256))
-    with pytest.raises(SaenbError, match="by clusters where there are none"): trainer.fit(progress=False)
+    trainer = Trainer(fresh(d_sae=64), store, [PositionContrast(192, 64, weight=0.1)],
+                      TrainConfig(steps=2, batch=256))
+    with pytest.raises(SaenbError, match="by clusters where there are none"):
+        trainer.fit(progress=False)
 
 
 # Information
@@ -407,9 +455,9 @@ def test_mutual_information_of_what_is_normal():
     draw = torch.Generator().manual_seed(0)
     for r in (0.0, 0.5, 0.9):
         two = torch.randn(2**17, 2, generator=draw) @ torch.tensor([[1.0, r], [0.0, (1 - r * r)**0.5]])
-        assert told_of_others(two).item() == pytest.approx(-np.log(1 - r * r) / 2, abs=0.01)
+        assert normal_information(two).item() == pytest.approx(-np.log(1 - r * r) / 2, abs=0.01)
     silent = torch.cat([two, torch.zeros(len(two), 1)], 1).requires_grad_()
-    told_of_others(silent).backward()
+    normal_information(silent).backward()
     assert silent.grad.isfinite().all()
 
 
@@ -417,13 +465,14 @@ def test_mutual_information_of_what_is_normal():
 def informed(trainer, batch):
     f = trainer.sae.encode(batch.x.float(), batch.position)
     share = f.sum(0) / f.sum()
-    return told_of_others(f).item(), -torch.special.xlogy(share, share).sum().item()
+    return normal_information(f).item(), -torch.special.xlogy(share, share).sum().item()
 
 
 def test_each_term_of_the_information_acts(train, unseen):
     """Features tell less of each other by the one, and use is more even by the other."""
     (told, entropy), *others = (informed(train(mechanisms_of(10, FeatureInformation=change)), unseen)
-                                for change in (dict(information=0.0, entropy=0.0), dict(information=0.3, entropy=0.0), dict(information=0.0, entropy=0.5)))
+                                for change in (dict(information=0.0, entropy=0.0), dict(
+                                    information=0.3, entropy=0.0), dict(information=0.0, entropy=0.5)))
     assert others[0][0] < 0.9 * told and others[1][1] > entropy + 0.05
 
 
@@ -437,7 +486,8 @@ def test_it_says_the_same_after_saving_and_inside_the_evaluation(number, train, 
     assert torch.equal(again.encode(x, unseen.position), sae.encode(x, unseen.position))
     assert not torch.equal(sae.encode(x, unseen.position), sae.ungated(x))
     used = [feature_stats(exam, s) for s in (sae, again)]
-    for name, value in vars(used[0]).items(): np.testing.assert_array_equal(value, vars(used[1])[name])
+    for name, value in vars(used[0]).items():
+        np.testing.assert_array_equal(value, vars(used[1])[name])
 
 
 @pytest.mark.parametrize("number", [2, 5, 8, 10])
@@ -445,7 +495,8 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(number, fresh, ends_the
     def parts():
         sae = fresh(d_sae=64)
         frequent = dict(EvolvingMask=dict(every=7, look=2), UsageResets=dict(every=6, least=0.5))
-        return sae, [make_mechanism(name, settings | frequent.get(name, {}), sae.cfg) for name, settings in find_run(f"positional/{number}").mechanisms]
+        return sae, [make_mechanism(name, settings | frequent.get(name, {}), sae.cfg)
+                     for name, settings in find_run(f"positional/{number}").mechanisms]
     ends_the_same(parts)
 
 
@@ -457,16 +508,22 @@ def hostile(i, positions, draw):
     return x
 
 
-@pytest.mark.parametrize("number, steps", [(1, 300), (2, 300), (3, 300), (4, 300), (5, 10_000), (6, 300), (7, 300), (8, 300), (9, 300), (10, 10_000), ("static", 300)])
+@pytest.mark.parametrize("number, steps", [(1, 300), (2, 300), (3, 300), (4, 300), (5, 10_000), (6, 300),
+                                           (7, 300), (8, 300), (9, 300), (10, 10_000), ("static", 300)])
 def test_nothing_ceases_to_be_a_number_whatever_comes(number, steps):
-    """Run 5 has every kind of mask, and run 10 every part of the routers, for ten thousand steps; every third batch stands at one position."""
-    store = Made(hostile, lambda i, n, draw: torch.full((n,), 9) if i % 3 == 0 else torch.randint(1, 128, (n,), generator=draw))
+    """Run 5 has every kind of mask, and run 10 every part of the routers, for ten thousand steps; every
+    third batch stands at one position."""
+    store = Made(hostile, lambda i, n, draw: torch.full((n,), 9)
+                     if i % 3 == 0 else torch.randint(1, 128, (n,), generator=draw))
     sae = SAE(SAEConfig(d_in=16, d_sae=64)).initialise(next(store.batches(4096, 0)).x, 0)
-    mechanisms = [make_mechanism(name, settings | (dict(every=50) if "every" in settings else {}), sae.cfg) for name, settings in find_run(f"positional/{number}").mechanisms]
-    trainer = Trainer(sae, store, mechanisms, TrainConfig(steps=steps, warmup=20, batch=64, lr=1e-3, log_every=10))
+    mechanisms = [make_mechanism(name, settings | (dict(every=50) if "every" in settings else {}), sae.cfg)
+                  for name, settings in find_run(f"positional/{number}").mechanisms]
+    trainer = Trainer(sae, store, mechanisms,
+                      TrainConfig(steps=steps, warmup=20, batch=64, lr=1e-3, log_every=10))
     trainer.fit(progress=False) # stops at the first term that is not finite
     assert trainer.index == steps
-    for name, value in (*sae.state_dict().items(), *trainer.mechanisms.state_dict().items()): assert value.isfinite().all(), name
+    for name, value in (*sae.state_dict().items(), *trainer.mechanisms.state_dict().items()):
+        assert value.isfinite().all(), name
     for moments in trainer.optimizer.state.values():
         for name, value in moments.items(): assert value.isfinite().all(), name
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
@@ -474,10 +531,18 @@ def test_nothing_ceases_to_be_a_number_whatever_comes(number, steps):
 
 def test_settings_that_make_no_sense(fresh):
     cfg = fresh(d_sae=64).cfg
-    for name, settings, said in (("HardMask", dict(parts=1), "into 1 parts"), ("HardMask", dict(parts=65), "into 65 parts"), ("HardMask", dict(length=1), "over 1 positions"),
-                                 ("SoftMask", dict(temperature=0), "temperature is 0"), ("SoftMask", {}, "mend its settings"), ("HybridMask", dict(rank=0), "through 0 directions"),
-                                 ("EvolvingMask", dict(every=0), "every 0 steps"), ("EvolvingMask", dict(step=2), "move 2 of the way"), ("FeatureRouter", dict(heads=0), "0 heads"),
-                                 ("FeatureRouter", dict(groups=65), "65 groups"), ("FeatureRouter", dict(competition=1.0), "competition is 1.0"), ("FeatureRouter", dict(learned=True), "above 0 if it is learned"),
-                                 ("PositionContrast", dict(weight=1, tokens=1), "1 tokens cannot"), ("PositionContrast", dict(weight=1, temperature=0), "temperature of 0"),
-                                 ("FeatureInformation", dict(information=0.1, entropy=0.1, asked=1), "1 features have no pairs")):
-        with pytest.raises(SaenbError, match=said): make_mechanism(name, settings, cfg)
+    for name, settings, said in (
+            ("HardMask", dict(parts=1), "into 1 parts"), ("HardMask", dict(parts=65), "into 65 parts"),
+            ("HardMask", dict(length=1), "over 1 positions"),
+            ("SoftMask", dict(temperature=0), "temperature is 0"),
+            ("SoftMask", {}, "mend its settings"), ("HybridMask", dict(rank=0), "through 0 directions"),
+            ("EvolvingMask", dict(every=0), "every 0 steps"),
+            ("EvolvingMask", dict(step=2), "move 2 of the way"), ("FeatureRouter", dict(heads=0), "0 heads"),
+            ("FeatureRouter", dict(groups=65), "65 groups"),
+            ("FeatureRouter", dict(competition=1.0), "competition is 1.0"),
+            ("FeatureRouter", dict(learned=True), "above 0 if it is learned"),
+            ("PositionContrast", dict(weight=1, tokens=1), "1 tokens cannot"),
+            ("PositionContrast", dict(weight=1, temperature=0), "temperature of 0"),
+            ("FeatureInformation", dict(information=0.1, entropy=0.1, asked=1), "1 features have no pairs")):
+        with pytest.raises(SaenbError, match=said):
+            make_mechanism(name, settings, cfg)

@@ -1,4 +1,5 @@
-"""Presets from files: what they say counts, what is wrong in them is said, and one in small goes all the way."""
+"""Presets from files: what they say counts, what is wrong in them is said, and one in small goes all the
+way."""
 import json
 import textwrap
 from dataclasses import replace
@@ -38,8 +39,9 @@ def test_only_what_a_file_says_is_changed(wrote):
         n_features = [1, 5]
         """)), find_preset("tiny")
     grid = replace(base.exam.grid, n_features=(1, 5))
-    assert found == replace(base, name="mine", d_sae=100, recorded=("unlearning", "core"), training=replace(base.training, lr=1e-3),
-                            evals=base.evals | dict(unlearning=replace(base.exam, retain_floor=0.95, grid=grid)))
+    assert found == replace(base, name="mine", d_sae=100, recorded=("unlearning", "core"),
+                            training=replace(base.training, lr=1e-3), evals=base.evals
+                                | dict(unlearning=replace(base.exam, retain_floor=0.95, grid=grid)))
 
 
 def test_one_training_length_counts(wrote):
@@ -53,19 +55,22 @@ def test_corpora_change_wherever_they_are_read(wrote, tmp_path):
     found = find_preset(wrote('[corpora]\nforget = {path = "mine.txt"}\nretain = {min_chars = 9}'))
     for name in ("unlearning", "core", "positional", "separation", "entanglement"):
         setup, before = found.evals[name], find_preset("gemma-2-2b").evals[name]
-        assert setup.forget.path == str(tmp_path/"mine.txt") and setup.forget.side == "forget" and setup.forget.min_chars == 1
+        assert (setup.forget.path == str(tmp_path/"mine.txt") and setup.forget.side == "forget"
+                and setup.forget.min_chars == 1)
         assert setup.retain == replace(before.retain, min_chars=9)
     assert found.evals["positional"].order[0].source == found.exam.retain
     assert found.texts == find_preset("gemma-2-2b").texts
 
 
 def test_things_are_looked_for_beside_the_file_and_in_the_folder_of_copies(wrote, tmp_path, monkeypatch):
-    for name in ("models/mine", "copies/google/gemma-2-2b-it", "copies/cais/wmdp"): (tmp_path/name).mkdir(parents=True)
+    for name in ("models/mine", "copies/google/gemma-2-2b-it", "copies/cais/wmdp"):
+        (tmp_path/name).mkdir(parents=True)
     elsewhere = tmp_path/"elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     found = find_preset(wrote('model = "models/mine"\nroot = "copies"'))
-    assert (found.model, found.answer_model) == (str(tmp_path/"models/mine"), str(tmp_path/"copies/google/gemma-2-2b-it"))
+    assert (found.model, found.answer_model) == (str(tmp_path/"models/mine"),
+                                                 str(tmp_path/"copies/google/gemma-2-2b-it"))
     assert {q.path for q in found.exam.questions} == {str(tmp_path/"copies/cais/wmdp"), "cais/mmlu"}
     assert found.evals["sparse_probing"].root == str(tmp_path/"copies")
 
@@ -118,14 +123,18 @@ def test_things_are_looked_for_beside_the_file_and_in_the_folder_of_copies(wrote
     ("a = " + "[" * 3000, "not readable as TOML"),
 ])
 def test_what_is_wrong_is_said_with_its_place(wrote, text, said):
-    with pytest.raises(SaenbError, match=said) as told: find_preset(wrote(text))
-    assert str(told.value).startswith(str(Path(wrote(text)))) and "\n" not in str(told.value) and str(told.value)[-1] in ".?"
+    with pytest.raises(SaenbError, match=said) as told:
+        find_preset(wrote(text))
+    assert (str(told.value).startswith(str(Path(wrote(text)))) and "\n" not in str(told.value)
+            and str(told.value)[-1] in ".?")
 
 
 def test_a_preset_that_is_not_there_or_not_text(tmp_path, saenb, one_sentence):
-    with pytest.raises(SaenbError, match="There is no preset in"): find_preset(str(tmp_path/"nothing.toml"))
+    with pytest.raises(SaenbError, match="There is no preset in"):
+        find_preset(str(tmp_path/"nothing.toml"))
     (tmp_path/"bytes.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SaenbError, match="not readable as TOML"): preset_from(tmp_path/"bytes.toml")
+    with pytest.raises(SaenbError, match="not readable as TOML"):
+        preset_from(tmp_path/"bytes.toml")
     (tmp_path/"folder.toml").mkdir()
     one_sentence(saenb("run", "orthogonality/0", "--preset", tmp_path/"folder.toml"), "folder.toml")
     one_sentence(saenb("reproduce", "--preset", tmp_path/"bytes.toml", "--full"), "one length only")
@@ -142,7 +151,8 @@ def test_everything_of_the_standin_is_found(saenb, standin, tmp_path):
     done = saenb("check", "--preset", standin, "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["ready"] and {n["kind"] for n in told["needs"]} == {"model", "texts", "questions", "evaluation", "disk", "memory", "time"}
+    assert told["ready"] and {n["kind"] for n in told["needs"]} == {"model", "texts", "questions",
+                                                                    "evaluation", "disk", "memory", "time"}
     assert sum("probing" in n["what"] for n in told["needs"]) == 8
     assert not list(tmp_path.iterdir())
 
@@ -152,7 +162,8 @@ def changed(standin, tmp_path, extra="", without=()):
     (tmp_path/"hub").mkdir()
     for path in (standin.parent/"hub").glob("*/*"):
         (tmp_path/"hub"/path.parent.name).mkdir(exist_ok=True)
-        if f"{path.parent.name}/{path.name}" not in without: (tmp_path/"hub"/path.parent.name/path.name).symlink_to(path)
+        if f"{path.parent.name}/{path.name}" not in without:
+            (tmp_path/"hub"/path.parent.name/path.name).symlink_to(path)
     (tmp_path/"standin.toml").write_text(extra + standin.read_text())
     return tmp_path/"standin.toml"
 
@@ -162,8 +173,10 @@ def test_what_is_missing_is_said_before_any_work(saenb, one_sentence, standin, t
     done = saenb("check", "--preset", changed(standin, tmp_path, without=without))
     one_sentence(done, *without, "are not there")
     lines = {line[2:].split()[1]: line for line in done.stdout.splitlines()[1:] if line}
-    assert [name for name, line in lines.items() if line.startswith("!")] and lines["google/gemma-2-2b-it"].startswith("!")
-    assert "trial" not in done.stdout and "time" not in {line[2:].split()[0] for line in done.stdout.splitlines()[1:] if line}
+    assert ([name for name, line in lines.items() if line.startswith("!")]
+            and lines["google/gemma-2-2b-it"].startswith("!"))
+    assert ("trial" not in done.stdout
+            and "time" not in {line[2:].split()[0] for line in done.stdout.splitlines()[1:] if line})
 
 
 @pytest.mark.parametrize("extra, said", [
@@ -172,7 +185,8 @@ def test_what_is_missing_is_said_before_any_work(saenb, one_sentence, standin, t
     ("d_sae = 400_000_000\n", "models, training"),
 ])
 def test_what_does_not_fit_is_said_before_any_work(saenb, one_sentence, standin, tmp_path, extra, said):
-    text = standin.read_text().replace("d_sae = 96\n", "" if "d_sae" in extra else "d_sae = 96\n").replace("harvest_tokens = 30_000\n", "")
+    text = (standin.read_text().replace("d_sae = 96\n", "" if "d_sae" in extra else "d_sae = 96\n")
+            .replace("harvest_tokens = 30_000\n", ""))
     preset_file = changed(standin, tmp_path)
     preset_file.write_text(extra + text)
     done = saenb("check", "--preset", preset_file)
@@ -187,8 +201,10 @@ def test_the_standin_goes_all_the_way(saenb, standin, tmp_path):
     assert len(made["records"]) == 5 and any("contrastive" in p for p in made["figures"])
     for folder in made["records"]:
         info = json.loads((tmp_path/folder/"final_info.json").read_text())
-        assert info["training_steps"] == 20 and info["layer"] == 19 and info["preset"] == "standin" and len(info["headlines"]) == 7
-        assert {p.stem for p in (tmp_path/folder/"evals").glob("*.json")} == {"unlearning", "sparse_probing", "core", "absorption", "positional", "separation", "entanglement"}
+        assert (info["training_steps"] == 20 and info["layer"] == 19 and info["preset"] == "standin"
+                and len(info["headlines"]) == 7)
+        assert {p.stem for p in (tmp_path/folder/"evals").glob("*.json")} == {
+            "unlearning", "sparse_probing", "core", "absorption", "positional", "separation", "entanglement"}
     known = json.loads(next((tmp_path/"runs"/"standin"/"cache").glob("known_*.json")).read_text())["known"]
     assert known["wmdp-bio"] and known["human_aging"]
     again = saenb("reproduce", "contrastive", "--preset", standin, "--json")
@@ -197,7 +213,8 @@ def test_the_standin_goes_all_the_way(saenb, standin, tmp_path):
 
 
 def test_a_model_that_knows_nothing_is_found_out_before_training(saenb, one_sentence, standin, tmp_path):
-    done = saenb("run", "orthogonality/0", "--preset", changed(standin, tmp_path, 'answer_model = "google/gemma-2-2b"\n'))
+    done = saenb("run", "orthogonality/0", "--preset",
+                 changed(standin, tmp_path, 'answer_model = "google/gemma-2-2b"\n'))
     one_sentence(done, "knows no question", "wmdp-bio")
     assert not list(tmp_path.rglob("train_log.jsonl"))
 
@@ -207,8 +224,10 @@ def test_other_chats_than_gemmas(standin):
     from saenb.data.questions import GEMMA_CHAT, chat_form, question_prompt
     tokenizer = AutoTokenizer.from_pretrained(standin.parent/"hub"/"google"/"gemma-2-2b-it")
     assert chat_form(tokenizer) == GEMMA_CHAT
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer.chat_template = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor "
+                               "%}{% if add_generation_prompt %}<|assistant|>{% endif %}")
     asked = question_prompt("human aging", "Why?", list("wxyz"), chat_form(tokenizer))
     assert asked.startswith("<|user|>The following") and asked.endswith("D. z</s><|assistant|>Answer: (")
     tokenizer.chat_template = None
-    assert question_prompt("human aging", "Why?", list("wxyz"), chat_form(tokenizer)).endswith("D. z\nAnswer: (")
+    assert question_prompt("human aging", "Why?", list("wxyz"),
+                           chat_form(tokenizer)).endswith("D. z\nAnswer: (")

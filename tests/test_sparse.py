@@ -16,17 +16,20 @@ from saenb.train.trainer import Trainer
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(tokens=st.integers(1, 9), features=st.integers(1, 12), width=st.integers(1, 7), density=st.floats(0, 1), seed=st.integers(0, 99))
+@given(tokens=st.integers(1, 9), features=st.integers(1, 12), width=st.integers(1, 7),
+       density=st.floats(0, 1), seed=st.integers(0, 99))
 def test_sums_over_what_is_active_are_products(tokens, features, width, density, seed):
     draw = torch.Generator().manual_seed(seed)
-    f = torch.rand(tokens, features, generator=draw) * (torch.rand(tokens, features, generator=draw) < density)
+    f = (torch.rand(tokens, features, generator=draw)
+         * (torch.rand(tokens, features, generator=draw) < density))
     W, g = torch.randn(features, width, generator=draw), torch.randn(tokens, width, generator=draw)
     active = Active(f)
     torch.testing.assert_close(active.by_token(f, W), f @ W)
     torch.testing.assert_close(active.by_feature(active.of(f), g), f.T @ g)
     torch.testing.assert_close(active.products(W, g), (W @ g.T)[f.T > 0])
     assert torch.equal(active.spread(active.of(f)), f)
-    assert active.features.tolist() == (f > 0).sum(0).tolist() and active.tokens.tolist() == (f > 0).sum(1).tolist()
+    assert (active.features.tolist() == (f > 0).sum(0).tolist()
+            and active.tokens.tolist() == (f > 0).sum(1).tolist())
 
 
 @pytest.fixture
@@ -46,7 +49,8 @@ def layers():
 def test_gradients_are_autograds(layers, density, penalty):
     x, by_hand = layers(density)
     _, plain = layers(density)
-    def loss(f, sums, out): return (out - x).pow(2).sum() + 0.3 * sums.mean() + (f.pow(3).sum() if penalty else 0)
+    def loss(f, sums, out):
+        return (out - x).pow(2).sum() + 0.3 * sums.mean() + (f.pow(3).sum() if penalty else 0)
     f, sums, out, counts = Autoencode.apply(x, *by_hand, torch.float32)
     assert (counts == (f > 0).sum(0)).all()
     loss(f, sums, out).backward()
@@ -54,12 +58,14 @@ def test_gradients_are_autograds(layers, density, penalty):
     f = torch.relu((x - b_dec) @ W_enc + b_enc)
     loss(f, f.sum(1, keepdim=True), f @ W_dec + b_dec).backward()
     for ours, theirs in zip(by_hand, plain):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4 * float(theirs.grad.abs().max() + 1e-6))
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4,
+                                   atol=1e-4 * float(theirs.grad.abs().max() + 1e-6))
         assert ours.grad.is_contiguous()
 
 
 def test_a_step_is_sparse_only_where_that_pays(layers):
-    for density, dtype, expected in ((0.01, torch.float32, True), (0.3, torch.float32, False), (0.09, torch.float32, True), (0.09, torch.bfloat16, False)):
+    for density, dtype, expected in ((0.01, torch.float32, True), (0.3, torch.float32, False),
+                                     (0.09, torch.float32, True), (0.09, torch.bfloat16, False)):
         x, parameters = layers(density)
         f = torch.relu((x - parameters[3]) @ parameters[0] + parameters[1])
         assert sparse_step.pays(f, dtype) == expected, (density, dtype)
@@ -69,7 +75,8 @@ def test_a_step_is_sparse_only_where_that_pays(layers):
 def test_a_training_is_the_same_either_way(store, fresh, monkeypatch, precision, close):
     def curve(limit):
         monkeypatch.setattr(sparse_step, "SPARSE_BELOW", {torch.float32: limit, torch.bfloat16: limit})
-        trainer = Trainer(fresh(), store, cfg=TrainConfig(steps=60, warmup=10, batch=512, lr=1e-3, log_every=10, precision=precision))
+        trainer = Trainer(fresh(), store, cfg=TrainConfig(steps=60, warmup=10, batch=512, lr=1e-3,
+                                                          log_every=10, precision=precision))
         trainer.fit(progress=False)
         return torch.tensor([line["loss"] for line in trainer.history]), trainer.history[-1]
     (summed, last), (dense, _) = curve(2.0), curve(-1.0)
@@ -77,19 +84,24 @@ def test_a_training_is_the_same_either_way(store, fresh, monkeypatch, precision,
     assert last["l0"] > 1
 
 
-GATES = {run.id: run for run in all_runs().values() if any(MECHANISMS[name].gate or MECHANISMS[name].after_backward for name, _ in run.mechanisms)}
-GATES |= {name: Run(f"gates/{name}", "", "", ((name, settings),)) for name, settings in (("TopK", dict(k=8)), ("JumpReLU", {}))}
+GATES = {run.id: run for run in all_runs().values()
+         if any(MECHANISMS[name].gate or MECHANISMS[name].after_backward for name, _ in run.mechanisms)}
+GATES |= {name: Run(f"gates/{name}", "", "", ((name, settings),))
+          for name, settings in (("TopK", dict(k=8)), ("JumpReLU", {}))}
 
 
 def trainer_of(id, store, sae, **config):
     "A trainer of a run, whose gates have moved."
     torch.manual_seed(0)
-    trainer = Trainer(sae, store, [make_mechanism(name, settings, sae.cfg) for name, settings in GATES[id].mechanisms], TrainConfig(**dict(steps=1, batch=512) | GATES[id].training | config))
+    trainer = Trainer(sae, store,
+                      [make_mechanism(name, settings, sae.cfg) for name, settings in GATES[id].mechanisms],
+                      TrainConfig(**dict(steps=1, batch=512) | GATES[id].training | config))
     with torch.no_grad():
         for p in trainer.mechanisms.parameters(): p += 0.3 * torch.rand_like(p)
         for m in trainer.mechanisms:
             if hasattr(m, "kept"): m.kept[::3] = 0
-            if hasattr(m, "threshold") and torch.is_tensor(m.threshold): m.threshold.fill_(0.1)
+            if hasattr(m, "threshold") and torch.is_tensor(m.threshold):
+                m.threshold.fill_(0.1)
             if type(m).__name__ == "SideBlocks": m.n_active = 192
     return trainer
 
@@ -99,7 +111,8 @@ def forth_and_back(trainer, batch):
     f, sums, out, _ = trainer.forward(batch)
     f.retain_grad()
     ((out - batch.x).pow(2).sum() + 0.3 * sums.mean() + f.pow(3).mean()).backward()
-    return dict(f=f, sums=sums, out=out) | {name: p.grad for name, p in trainer.sae.named_parameters() if p.grad is not None}
+    return (dict(f=f, sums=sums, out=out)
+            | {name: p.grad for name, p in trainer.sae.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("limit", [-1.0, 2.0], ids=["dense", "sparse"])
@@ -109,18 +122,25 @@ def test_gates_learn_what_autograd_says(store, fresh, monkeypatch, id, limit):
     batch = next(store.batches(512, balanced=GATES[id].training.get("balanced", False)))
     trainer, plain = (trainer_of(id, store, fresh()) for _ in range(2))
     for m in plain.mechanisms: m.gradient_support = "all"
-    with torch.no_grad(): before = (batch.x - plain.sae.b_dec) @ plain.sae.W_enc + plain.sae.b_enc
-    batch = Batch(*(t[before.abs().amin(1) > 1e-6 * before.abs().amax()] for t in vars(batch).values())) # others, rounded otherwise, may be on one side of zero or on the other
+    with torch.no_grad():
+        before = (batch.x - plain.sae.b_dec) @ plain.sae.W_enc + plain.sae.b_enc
+    # others, rounded otherwise, may be on one side of zero or on the other
+    batch = Batch(*(t[before.abs().amin(1) > 1e-6 * before.abs().amax()] for t in vars(batch).values()))
     assert len(batch) > 400
     found, expected = forth_and_back(trainer, batch), forth_and_back(plain, batch)
     assert found.keys() == expected.keys()
     for name in found:
-        of_one_kind = [t.detach().abs().max().item() for other, t in expected.items() if other == name or other[:6] == name[:6] == "gates."] # some of a gate's gradients are zero but for rounding
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * max(of_one_kind), msg=lambda m: f"{name}: {m}")
-    for m in trainer._with("after_backward"): # what it is shown of the activations' gradient
+        # some of a gate's gradients are zero but for rounding
+        of_one_kind = [t.detach().abs().max().item()
+                       for other, t in expected.items() if other == name or other[:6] == name[:6] == "gates."]
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * max(of_one_kind),
+                                   msg=lambda m: f"{name}: {m}")
+    for m in trainer.with_hook("after_backward"): # what it is shown of the activations' gradient
         ours, theirs = found["f"].grad, expected["f"].grad
-        shown = trainer.sae.ungated(batch.x) > 0 if m.gradient_support == "active" else torch.ones_like(ours, dtype=torch.bool)
-        torch.testing.assert_close(ours[shown], theirs[shown], rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+        shown = (trainer.sae.ungated(batch.x) > 0
+                 if m.gradient_support == "active" else torch.ones_like(ours, dtype=torch.bool))
+        torch.testing.assert_close(ours[shown], theirs[shown], rtol=1e-4,
+                                   atol=1e-5 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("id", ["positional/1", "positional/4", "contrastive/3", "dual_objective/2"])
@@ -131,7 +151,8 @@ def test_a_gated_training_is_the_same_either_way(store, fresh, id):
             for m in trainer.mechanisms: m.gradient_support = "all"
         trainer.fit(progress=False)
         return torch.tensor([line["loss"] for line in trainer.history])
-    torch.testing.assert_close(curve(True), curve(False), rtol=1e-3, atol=0) # what lies on the border of a choice may be chosen otherwise
+    # what lies on the border of a choice may be chosen otherwise
+    torch.testing.assert_close(curve(True), curve(False), rtol=1e-3, atol=0)
 
 
 def test_a_gate_that_wakes_features_is_taken_at_its_word(store, fresh):
@@ -153,4 +174,7 @@ def test_what_a_mechanism_concerns_is_one_of_three(store, fresh):
     sae = fresh()
     gate = make_mechanism("HardMask", {}, sae.cfg)
     gate.gradient_support = "activ"
-    with pytest.raises(SaenbError, match="no kind of activations for HardMask to concern called 'activ'; did you mean active"): Trainer(sae, store, [gate], TrainConfig(steps=1))
+    with pytest.raises(
+            SaenbError,
+            match="no kind of activations for HardMask to concern called 'activ'; did you mean active"):
+        Trainer(sae, store, [gate], TrainConfig(steps=1))

@@ -37,7 +37,8 @@ def test_tensorboard_holds_the_log_after_a_training_that_was_taken_up(store, fre
     watched = fit().fingerprint()
     found, log = scalars(tmp_path/"tensorboard"), read_log(tmp_path/"train_log.jsonl")
     assert [line["step"] for line in log] == [10, 20, 30]
-    for name in log[0].keys() - {"step"}: assert found[name] == pytest.approx({line["step"]: line[name] for line in log})
+    for name in log[0].keys() - {"step"}:
+        assert found[name] == pytest.approx({line["step"]: line[name] for line in log})
     assert watched == Trainer(fresh(), store, cfg=SHORT).fit(progress=False).fingerprint()
 
 
@@ -52,14 +53,18 @@ def test_weights_and_biases_offline(store, fresh, tmp_path, monkeypatch):
         assert watch.run.summary["loss"] == pytest.approx(log[-1]["loss"])
     kept, = (tmp_path/"wandb").glob("offline-run-*/run-*.wandb")
     ends = time.time() + 60
-    while kept.stat().st_size <= 1000 and time.time() < ends: time.sleep(0.1) # another process writes it
+    while kept.stat().st_size <= 1000 and time.time() < ends:
+        time.sleep(0.1) # another process writes it
     assert kept.stat().st_size > 1000
 
 
-def test_a_tracker_that_cannot_be_had_is_told_before_any_work(saenb, one_sentence, small, tmp_path, monkeypatch):
-    with pytest.raises(SaenbError, match="did you mean tensorboard"): lab.run("orthogonality/0", small, out=tmp_path, track="tensorbord")
+def test_a_tracker_that_cannot_be_had_is_told_before_any_work(saenb, one_sentence, small, tmp_path,
+                                                              monkeypatch):
+    with pytest.raises(SaenbError, match="did you mean tensorboard"):
+        lab.run("orthogonality/0", small, out=tmp_path, track="tensorbord")
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(SaenbError, match=r"pip install 'saenb\[wandb\]'"): lab.run("orthogonality/0", small, out=tmp_path, track="wandb")
+    with pytest.raises(SaenbError, match=r"pip install 'saenb\[wandb\]'"):
+        lab.run("orthogonality/0", small, out=tmp_path, track="wandb")
     assert not list(tmp_path.rglob("config.json"))
     one_sentence(saenb("run", "orthogonality/0", "--track", "paper"), "--track")
 

@@ -18,7 +18,8 @@ class Kill(Exception): pass
 
 
 class Noisy(Mechanism):
-    """Has a parameter, a buffer and draws, so that all of them have to be resumed; pulls the plug when told."""
+    """Has a parameter, a buffer and draws, so that all of them have to be resumed; pulls the plug when
+    told."""
     kill_at = None
 
     def __init__(self, d_in, d_sae):
@@ -28,7 +29,8 @@ class Noisy(Mechanism):
 
     def gate(self, x, f, positions): return f * torch.sigmoid(self.mask)
     def penalty(self, step):
-        return dict(spread=0.01 * (self.mask - torch.randn(self.d_sae, generator=step.trainer.generator)).pow(2).mean())
+        return dict(spread=0.01 * (self.mask - torch.randn(self.d_sae, generator=step.trainer.generator))
+                    .pow(2).mean())
     def after_step(self, step):
         self.count += (step.f > 0).sum(0)
         if step.index == Noisy.kill_at: raise Kill
@@ -40,13 +42,15 @@ def test_the_loop_equals_a_plain_one(store, fresh):
     sae, reference = fresh(), fresh()
     scale = sae.cfg.scale
     trainer = Trainer(sae, store, cfg=cfg)
-    W_enc, W_dec, b_enc, b_dec = (p.detach().clone().requires_grad_() for p in (reference.W_enc, reference.W_dec, reference.b_enc / scale, reference.b_dec / scale))
+    W_enc, W_dec, b_enc, b_dec = (p.detach().clone().requires_grad_() for p in (
+        reference.W_enc, reference.W_dec, reference.b_enc / scale, reference.b_dec / scale))
     optimizer = torch.optim.Adam([W_enc, W_dec, b_enc, b_dec], lr=cfg.lr, eps=1e-8)
     for i, batch in zip(range(30), store.batches(512, cfg.seed)):
         trainer.one_step(batch)
         x, rise = batch.x / scale, min(1, (i + 1) / 5)
         f = torch.relu((x - b_dec) @ W_enc + b_enc)
-        loss = (f @ W_dec + b_dec - x).pow(2).sum(1).mean() + cfg.sparsity_penalty * rise * (2304 / store.d_in) ** 0.5 * f.abs().sum(1).mean()
+        loss = ((f @ W_dec + b_dec - x).pow(2).sum(1).mean()
+                + cfg.sparsity_penalty * rise * (2304 / store.d_in) ** 0.5 * f.abs().sum(1).mean())
         optimizer.zero_grad()
         loss.backward()
         W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec.detach()
@@ -80,9 +84,12 @@ def test_the_penalty_decides_sparsity(store, fresh):
 
 def test_losses_are_in_units_of_the_data(store, fresh):
     sae, x = fresh(), store.rows(0, 8192).x
-    torch.testing.assert_close(reconstruction_loss(x, sae.b_dec.expand_as(x), sae.cfg.scale), torch.tensor(1.0))
-    assert reconstruction_loss(10 * x, 10 * sae(x), 10 * sae.cfg.scale).item() == pytest.approx(reconstruction_loss(x, sae(x), sae.cfg.scale).item(), rel=1e-4)
-    assert sparsity_loss(torch.ones(5, 3), 2.0, 2304) == 1.5 and sparsity_loss(torch.ones(5, 3), 2.0, 576) == 3.0
+    torch.testing.assert_close(reconstruction_loss(x, sae.b_dec.expand_as(x), sae.cfg.scale),
+                               torch.tensor(1.0))
+    assert (reconstruction_loss(10 * x, 10 * sae(x), 10 * sae.cfg.scale).item()
+            == pytest.approx(reconstruction_loss(x, sae(x), sae.cfg.scale).item(), rel=1e-4))
+    assert (sparsity_loss(torch.ones(5, 3), 2.0, 2304) == 1.5
+            and sparsity_loss(torch.ones(5, 3), 2.0, 576) == 3.0)
 
 
 def test_the_gradient_turns_rows_and_does_not_stretch_them(fresh):
@@ -107,9 +114,11 @@ def test_killed_and_resumed_ends_with_the_same_bytes(store, fresh, tmp_path, at)
     whole.fit(progress=False)
     Noisy.kill_at = at
     try:
-        with pytest.raises(Kill): Trainer(fresh(), store, [Noisy(store.d_in, 256)], SHORT, tmp_path/"killed").fit(progress=False)
+        with pytest.raises(Kill):
+            Trainer(fresh(), store, [Noisy(store.d_in, 256)], SHORT, tmp_path/"killed").fit(progress=False)
     finally: Noisy.kill_at = None
-    with open(tmp_path/"killed"/LOG, "a") as f: f.write('{"step": 99') # a line cut short by the kill
+    with open(tmp_path/"killed"/LOG, "a") as f:
+        f.write('{"step": 99') # a line cut short by the kill
     if not (tmp_path/"killed"/CHECKPOINT).exists(): assert at < 20
     resumed = Trainer(fresh(), store, [Noisy(store.d_in, 256)], SHORT, tmp_path/"killed")
     resumed.fit(progress=False)
@@ -120,18 +129,22 @@ def test_killed_and_resumed_ends_with_the_same_bytes(store, fresh, tmp_path, at)
 
 def test_a_checkpoint_of_something_else_is_refused(store, fresh, tmp_path):
     Trainer(fresh(), store, cfg=SHORT, out=tmp_path).fit(progress=False)
-    with pytest.raises(SaenbError, match="other settings"): Trainer(fresh(), store, cfg=TrainConfig(steps=61), out=tmp_path).fit(progress=False)
+    with pytest.raises(SaenbError, match="other settings"):
+        Trainer(fresh(), store, cfg=TrainConfig(steps=61), out=tmp_path).fit(progress=False)
     (tmp_path/CHECKPOINT).write_bytes(b"junk")
-    with pytest.raises(SaenbError, match="not a readable checkpoint"): Trainer(fresh(), store, cfg=SHORT, out=tmp_path).fit(progress=False)
+    with pytest.raises(SaenbError, match="not a readable checkpoint"):
+        Trainer(fresh(), store, cfg=SHORT, out=tmp_path).fit(progress=False)
 
 
 class Overflows(Mechanism):
     """A term that overflows at step 33."""
-    def penalty(self, step): return dict(boom=step.f.mean() * (float("inf") if step.index == 33 else 1.0))
+    def penalty(self, step):
+        return dict(boom=step.f.mean() * (float("inf") if step.index == 33 else 1.0))
 
 
 def test_a_loss_that_is_no_number_names_step_term_and_mechanism(store, fresh, tmp_path):
-    with pytest.raises(SaenbError, match=r"step 33: the term 'Overflows.boom' of Overflows is not finite.*checkpoint of step 20 is kept"):
+    with pytest.raises(SaenbError, match=r"step 33: the term 'Overflows.boom' of Overflows is not "
+                           r"finite.*checkpoint of step 20 is kept"):
         Trainer(fresh(), store, [Overflows(store.d_in, 256)], SHORT, tmp_path).fit(progress=False)
     from saenb.base.files import read_tensors
     tensors, about = read_tensors(tmp_path/CHECKPOINT)
@@ -151,7 +164,8 @@ def test_data_that_is_no_number_is_named(store, fresh, tmp_path):
     (tmp_path/"store"/"store.json").write_text(json.dumps(about))
     row, position = columns["sequence"][100].item(), columns["position"][100].item()
     with pytest.raises(SaenbError, match=f"because the data is not .row {row}, position {position} of"):
-        Trainer(fresh(), Store.open(tmp_path/"store"), cfg=TrainConfig(steps=2000, batch=2048)).fit(progress=False)
+        Trainer(fresh(), Store.open(tmp_path/"store"),
+                cfg=TrainConfig(steps=2000, batch=2048)).fit(progress=False)
 
 
 @pytest.mark.parametrize("cfg, said", [
@@ -160,7 +174,8 @@ def test_data_that_is_no_number_is_named(store, fresh, tmp_path):
     (TrainConfig(steps=3, batch=10**7), "one batch needs 10,000,000"),
 ])
 def test_a_length_that_makes_no_sense(store, fresh, cfg, said):
-    with pytest.raises(SaenbError, match=said): Trainer(fresh(), store, cfg=cfg)
+    with pytest.raises(SaenbError, match=said):
+        Trainer(fresh(), store, cfg=cfg)
 
 
 def test_zero_steps_may_be_asked_for_by_name(store, fresh):
@@ -170,7 +185,8 @@ def test_zero_steps_may_be_asked_for_by_name(store, fresh):
 
 def test_a_store_of_another_width(store):
     from saenb.sae.sae import SAE, SAEConfig
-    with pytest.raises(SaenbError, match="192 wide and the dictionary reads 64"): Trainer(SAE(SAEConfig(d_in=64, d_sae=8)), store)
+    with pytest.raises(SaenbError, match="192 wide and the dictionary reads 64"):
+        Trainer(SAE(SAEConfig(d_in=64, d_sae=8)), store)
 
 
 def test_dead_features_are_counted(store, fresh):

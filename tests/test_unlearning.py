@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from saenb.base.errors import SaenbError
 from saenb.evals.evaluation import corpus_rows, reference_rows
-from saenb.evals.controls import as_logged, principal_components, random_features, supervised_reference, corpus_activations, untrained
+from saenb.evals.controls import (as_logged, principal_components, random_features, supervised_reference,
+                                  corpus_activations, untrained)
 from saenb.data.questions import ORDERS, letter_tokens, question_prompt
 from saenb.evals.exam import REFERENCE, Exam, Grid, choose_features, feature_stats
 from saenb.evals.interventions.clamp import Clamp
@@ -20,17 +21,20 @@ from saenb.data.sources import boot
 @pytest.fixture(scope="module")
 def dictionaries(trained, exam, store):
     x = store.rows(0, 8192).x
-    return dict(trained=trained, untrained=untrained(trained.cfg, x), ceiling=supervised_reference(trained.cfg, **corpus_activations(exam)),
+    return dict(trained=trained, untrained=untrained(trained.cfg, x),
+                ceiling=supervised_reference(trained.cfg, **corpus_activations(exam)),
                 components=principal_components(trained.cfg, x))
 
 
 @pytest.fixture(scope="module")
-def results(exam, dictionaries): return {name: evaluate(exam.model, sae, exam.setup, exam) for name, sae in dictionaries.items()}
+def results(exam, dictionaries):
+    return {name: evaluate(exam.model, sae, exam.setup, exam) for name, sae in dictionaries.items()}
 
 
 def test_the_prompt_is_the_references():
     assert question_prompt("human aging", "Why?", list("wxyz")) == (
-        "<bos><start_of_turn>user\nThe following are multiple choice questions (with answers) about human aging.\nWhy?\nA. w\nB. x\nC. y\nD. z"
+        "<bos><start_of_turn>user\nThe following are multiple choice questions (with answers) "
+        "about human aging.\nWhy?\nA. w\nB. x\nC. y\nD. z"
         "<end_of_turn>\n<start_of_turn>model\nAnswer: (")
 
 
@@ -42,9 +46,12 @@ def test_known_means_right_under_all_24_orders(exam, model):
     for i, row in enumerate(rows):
         right = []
         for order in ORDERS:
-            ids = model.tokenizer(question_prompt(source.spoken, row["question"], [row["choices"][j] for j in order]), add_special_tokens=False, return_tensors="pt")
+            ids = model.tokenizer(question_prompt(source.spoken, row["question"],
+                                                  [row["choices"][j] for j in order]),
+                                  add_special_tokens=False, return_tensors="pt")
             probabilities = model.original_model(**ids).logits[0, -1].softmax(-1)
-            right.append(order[max(range(4), key=lambda l: max(probabilities[letters[0, l]], probabilities[letters[1, l]]))] == row["answer"])
+            right.append(order[max(range(4), key=lambda l: max(
+                probabilities[letters[0, l]], probabilities[letters[1, l]]))] == row["answer"])
         assert all(right) == (i in exam.known[source.subject])
     assert len(ORDERS) == 24 == len(set(ORDERS))
 
@@ -52,7 +59,8 @@ def test_known_means_right_under_all_24_orders(exam, model):
 def test_the_world_is_known_and_large_enough(exam, world):
     """A third of its questions is known; and all of them are enough."""
     sources = {s.subject: len(s.load()) for s in world.question_sources()}
-    assert sum(map(len, exam.known.values())) >= 0.95 * sum(len(s.load()) for s in exam.setup.questions) >= 0.95 * sum(sources.values()) / 3
+    assert (sum(map(len, exam.known.values())) >= 0.95 * sum(len(s.load()) for s in exam.setup.questions)
+            >= 0.95 * sum(sources.values()) / 3)
     assert exam.base.all()
     forget, *retain = sources.values()
     assert 1 / forget < 0.01 and 1 / sum(retain) < 0.005
@@ -72,7 +80,8 @@ def test_reference_rows_are_cut_as_the_reference_cuts(model):
 
 def test_features_are_chosen_by_density():
     from saenb.evals.exam import FeatureStats
-    stats = FeatureStats(forget=np.array([0.5, 0.2, 0.0, 0.3, 0.1]), retain=np.array([0.4, 0.0, 0.0, 0.0005, 0.001]), typical=np.ones(5))
+    stats = FeatureStats(forget=np.array([0.5, 0.2, 0.0, 0.3, 0.1]),
+                         retain=np.array([0.4, 0.0, 0.0, 0.0005, 0.001]), typical=np.ones(5))
     assert choose_features(stats, 0.001).tolist() == [3, 1]
     assert choose_features(stats, 0.01).tolist() == [3, 1, 4]
     assert choose_features(stats, 0.0).tolist() == []
@@ -98,9 +107,11 @@ def test_fast_equals_plain_on_every_dictionary(exam, dictionaries):
         settings = Clamp().settings(grid, stats)
         rows, batch = run_settings(exam, sae, settings, stats, Clamp())
         for row, setting in zip(rows, settings):
-            plain = plain_answers(exam, sae, setting["features"], Clamp().values(setting, stats), Clamp()) if len(setting["features"]) else exam.base
+            plain = (plain_answers(exam, sae, setting["features"], Clamp().values(setting, stats), Clamp())
+                     if len(setting["features"]) else exam.base)
             retain = plain[~exam.forgets].float().mean().item()
-            if row["right"] is None: assert retain < exam.setup.lowest_retain, name
+            if row["right"] is None:
+                assert retain < exam.setup.lowest_retain, name
             else: assert torch.equal(row["right"], plain), name
         assert batch.read <= len(settings) * len(exam.stream)
 
@@ -110,27 +121,34 @@ def test_the_score_is_the_references_formula(exam, trained, results):
     stats = feature_stats(exam, trained)
     shares = []
     for setting in Clamp().settings(REFERENCE, stats):
-        right = plain_answers(exam, trained, setting["features"], setting["multiplier"], Clamp()) if len(setting["features"]) else exam.base
-        if right[~exam.forgets].float().mean() >= 0.99: shares.append(right[exam.forgets].float().mean().item())
+        right = (plain_answers(exam, trained, setting["features"], setting["multiplier"], Clamp())
+                 if len(setting["features"]) else exam.base)
+        if right[~exam.forgets].float().mean() >= 0.99:
+            shares.append(right[exam.forgets].float().mean().item())
     assert result["reference_score"] == 1 - min(shares, default=1)
 
 
 def test_the_result_has_saebenchs_fields(results):
     import json
     result = results["trained"]
-    assert {"eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details", "sae_bench_commit_hash", "sae_lens_id",
-            "sae_lens_release_id", "sae_lens_version", "sae_cfg_dict", "eval_result_unstructured"} == set(result)
-    assert result["eval_result_metrics"] == dict(unlearning=dict(unlearning_score=result["eval_result_unstructured"]["score"]))
-    assert {"random_seed", "dataset_names", "intervention_method", "retain_thresholds", "n_features_list", "multipliers", "dataset_size", "seq_len"} <= set(result["eval_config"])
+    assert {"eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics",
+            "eval_result_details", "sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id",
+            "sae_lens_version", "sae_cfg_dict", "eval_result_unstructured"} == set(result)
+    assert (result["eval_result_metrics"]
+            == dict(unlearning=dict(unlearning_score=result["eval_result_unstructured"]["score"])))
+    assert {"random_seed", "dataset_names", "intervention_method", "retain_thresholds", "n_features_list",
+            "multipliers", "dataset_size", "seq_len"} <= set(result["eval_config"])
     json.dumps(result, allow_nan=False)
 
 
 def test_controls_stand_where_they_must(exam, results, trained):
     found = {name: r["eval_result_unstructured"] for name, r in results.items()}
     score = {name: r["score"] for name, r in found.items()}
-    assert score["untrained"] == 0.0 == evaluate(exam.model, as_logged(trained.cfg), exam.setup, exam)["eval_result_unstructured"]["score"]
+    assert score["untrained"] == 0.0 == evaluate(exam.model, as_logged(trained.cfg), exam.setup,
+                                                 exam)["eval_result_unstructured"]["score"]
     assert score["ceiling"] >= 0.6 and score["ceiling"] > score["components"]
-    assert found["trained"]["selectivity_interval"][0] > 0 and found["trained"]["selectivity_interval"][1] < found["ceiling"]["selectivity"]
+    assert (found["trained"]["selectivity_interval"][0] > 0
+            and found["trained"]["selectivity_interval"][1] < found["ceiling"]["selectivity"])
     lots = random_features(exam, trained, draws=4)
     assert len(lots["scores"]) == 4 and lots["mean"] < score["trained"]
 
@@ -141,11 +159,14 @@ def test_what_is_computed_once_is_the_same(exam, trained):
     chosen = choose_features(stats, 0.6)
     rare = [f for f in chosen if stats.retain[f] < 0.01]
     lists = [chosen[:12], chosen[:3], rare[:3], chosen[:3], rare[:6], []]
-    batch = InterventionBatch(exam, trained, [(f, torch.full((len(f),), v)) for f, v in zip(lists, (40.0, 40.0, 40.0, 2.0, 40.0, 1.0))], Clamp())
+    batch = InterventionBatch(
+        exam, trained,
+        [(f, torch.full((len(f),), v)) for f, v in zip(lists, (40.0, 40.0, 40.0, 2.0, 40.0, 1.0))], Clamp())
     settings, shared, apart = torch.arange(len(lists)), 0, 0
     for q in range(0, len(exam.tokens), 30):
         places = torch.arange(len(exam.tokens[q]))
-        streams = torch.stack([batch.stream(torch.full_like(places, q), torch.full_like(places, s), places) for s in settings])
+        streams = torch.stack([batch.stream(torch.full_like(places, q), torch.full_like(places, s), places)
+                               for s in settings])
         names = batch.first_equal(q, settings)
         for a in settings.tolist():
             for b in settings.tolist():
@@ -157,16 +178,20 @@ def test_what_is_computed_once_is_the_same(exam, trained):
 
 def test_a_model_in_half_precision(exam, trained, world):
     """The fast path and the long one agree there too, but for questions that rounding decides."""
-    half = Exam(boot(world.path/"model", dtype="bfloat16"), replace(exam.setup, lowest_retain=0.0), exam.layer)
+    half = Exam(boot(world.path/"model", dtype="bfloat16"), replace(exam.setup, lowest_retain=0.0),
+                exam.layer)
     features = choose_features(feature_stats(half, trained), 0.01)[:10]
-    outcome, = InterventionBatch(half, trained, [(features, torch.full((len(features),), 8.0))], Clamp()).run()
+    outcome, = InterventionBatch(half, trained, [(features, torch.full((len(features),), 8.0))],
+                                 Clamp()).run()
     plain = plain_answers(half, trained, features, 8.0, Clamp())
     assert (outcome.right == plain).float().mean() > 0.97 and plain.float().mean() < 0.99
 
 
 def test_nothing_happens_where_nothing_fires(exam, trained):
-    batch = InterventionBatch(exam, SAE(trained.cfg), [([0, 1], torch.tensor([50.0, 50.0])), ([], torch.zeros(0))], Clamp())
-    for outcome in batch.run(): assert not outcome.fired.any() and torch.equal(outcome.right, exam.base)
+    batch = InterventionBatch(exam, SAE(trained.cfg),
+                              [([0, 1], torch.tensor([50.0, 50.0])), ([], torch.zeros(0))], Clamp())
+    for outcome in batch.run():
+        assert not outcome.fired.any() and torch.equal(outcome.right, exam.base)
     assert batch.read == 0
 
 
@@ -193,12 +218,14 @@ def test_the_interval_holds_the_score(seed):
     right = np.ones((3, 300), bool)
     right[:, :100] = rng.random((3, 100)) < 0.4
     low, high = bootstrap(right, forgets, [0.99])
-    assert low <= 1 - right[:, :100].mean(1).min() + 1e-9 and high >= 1 - right[:, :100].mean(1).min() - 0.05 and high - low < 0.3
+    assert (low <= 1 - right[:, :100].mean(1).min() + 1e-9 and high >= 1 - right[:, :100].mean(1).min() - 0.05
+            and high - low < 0.3)
     assert bootstrap(right[:0], forgets, [0.99]) == (0.0, 0.0)
 
 
 def test_a_dictionary_of_another_width(exam):
-    with pytest.raises(SaenbError, match="width 64 and the model's is 192"): evaluate(exam.model, SAE(SAEConfig(d_in=64, d_sae=8)), exam.setup, exam)
+    with pytest.raises(SaenbError, match="width 64 and the model's is 192"):
+        evaluate(exam.model, SAE(SAEConfig(d_in=64, d_sae=8)), exam.setup, exam)
 
 
 def test_a_corpus_shorter_than_a_row(exam, model, tmp_path):

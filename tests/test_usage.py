@@ -26,7 +26,7 @@ def silent_at_last(trainer, batch):
     return (trainer.sae.encode(batch.x.float(), batch.position) == 0).all(0)
 
 
-def test_silent_features_begin_anew_and_speak(trainer, store):
+def test_silent_features_restart_and_speak(trainer, store):
     gone, batch = [3, 10, 40], next(store.batches(4096, 77))
     plain, reset = trainer(silent=gone), trainer(UsageResets(192, 64, every=20, memory=0.9), silent=gone)
     for t in (plain, reset): t.fit(progress=False)
@@ -80,12 +80,12 @@ def test_what_begins_anew_points_to_what_was_missing(trainer, store):
     reconstruction = x.clone()
     reconstruction[17] += torch.arange(192.0)
     step = type("Step", (), dict(x=x, reconstruction=reconstruction, trainer=t))
-    mechanism.begin_anew(step)
+    mechanism.restart(step)
     direction = -torch.arange(192.0) / torch.arange(192.0).norm()
     torch.testing.assert_close(t.sae.W_dec[:4].detach(), direction.expand(4, -1), rtol=0, atol=1e-4)
     mechanism.use[:4], rows = 0, t.sae.W_dec.detach().clone()
     step.reconstruction = x
-    mechanism.begin_anew(step) # nothing is missing anywhere, so there is nowhere to begin
+    mechanism.restart(step) # nothing is missing anywhere, so there is nowhere to begin
     assert torch.equal(t.sae.W_dec, rows)
 
 
@@ -99,7 +99,7 @@ def test_the_threshold_is_a_share_of_the_mean_or_of_tokens():
 def test_nothing_begins_anew_once_the_learning_rate_falls(trainer):
     begun = []
     mechanism = UsageResets(192, 64, every=10)
-    mechanism.begin_anew = lambda step: begun.append(step.index)
+    mechanism.restart = lambda step: begun.append(step.index)
     trainer(mechanism, length=TrainConfig(steps=60, warmup=5, decay=0.5, batch=256)).fit(progress=False)
     assert begun == [9, 19, 29]
 

@@ -86,7 +86,8 @@ def config_of(setup: EntanglementSetup) -> dict:
     return corpus_config(setup, "tokens_a_row")
 
 # %% ../../nbs/4_evaluation/62_entanglement.ipynb #c255b460
-NAMES = dict(cosine="largest cosine", correlation="largest correlation", by_lot="largest correlation, shuffled")
+NAMES = dict(cosine="largest cosine", correlation="largest correlation",
+             by_lot="largest correlation, shuffled")
 
 def headline(result: dict) -> dict[str, tuple[float, float, float]]:
     "The numbers to remember, each with its interval over features."

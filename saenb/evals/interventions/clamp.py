@@ -14,4 +14,6 @@ class Clamp(Intervention):
     name = "clamp"
     method = "clamp_feature_activation"
 
-    def change(self, f, values): return -values.expand_as(f)
+    def change(self, f, values):
+        "Minus the values."
+        return -values.expand_as(f)

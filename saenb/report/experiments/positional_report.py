@@ -60,7 +60,7 @@ def position_masks(material: Material) -> Figure | None:
 
 # %% ../../../nbs/3_ideas/37_positional_report.ipynb #45346bc8
 def positional_fidelity(material: Material) -> Figure | None:
-    "How far features follow their masks, and how much of a position each run's activations tell."
+    "How far features follow their masks, and the share of a position that each run's activations carry."
     found = {title: ours["features"]["fidelity"]
              for title, ours in positions_known(material).items() if follows_position(ours)}
     if not found: return None
