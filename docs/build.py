@@ -80,21 +80,21 @@ def convert(nb, page):
 
 
 def link(text, pages, targets, top):
-    """Point nbdev's links at this site: at the symbol where it is shown, else at its page; and those to explorer pages at their copies, seen from a page whose way to the top is `top`."""
+    """Point nbdev's links at this site, at a symbol or its page; and links to explorer pages at copies, found by way of `top`."""
     def local(match):
         target = f"{match[1]}:{match[2]}"
         return f"](#{target})" if target in targets else f"](/{pages[match[1]]})"
     return EXPLORER.sub(rf'<a href="{top}explorer/\2">\1</a>', SYMBOL.sub(local, text))
 
 
-def toctree(names, index):
-    """Return the cell that lists the pages: the reports, then the notebooks, each in the order of the index's table."""
-    folders = {}
-    named = lambda name: (index.find(f"({name}.ipynb) |") % 10**9, name)  # what is not named comes last
-    for name in sorted(names - {"index"}, key=named): folders.setdefault(os.path.dirname(name), []).append(name)
+def toctree(names):
+    """Return the cell that lists the pages: part by part, each in the order of its numbers."""
+    parts = {}
+    for name in sorted(names - {"index"}): parts.setdefault(os.path.dirname(name), []).append(name)
+    def caption(part): return re.sub(r"^\d+_", "", part).replace("_", " ").capitalize() or "Pages"
     return nbformat.v4.new_markdown_cell("\n\n".join(
-        f"```{{toctree}}\n:hidden:\n:caption: {(folder or 'notebooks').replace('_', ' ').capitalize()}\n\n"
-        + "\n".join(members) + "\n```" for folder, members in sorted(folders.items(), reverse=True)))
+        f"```{{toctree}}\n:hidden:\n:caption: {caption(part)}\n\n" + "\n".join(members) + "\n```"
+        for part, members in sorted(parts.items())))
 
 
 def main():
@@ -109,8 +109,7 @@ def main():
         page = _nbpath2html(path.relative_to(folder)).with_suffix("").as_posix()
         pages[page] = path.relative_to(folder).as_posix()
         convert(nb, page)
-    index = "\n".join(cell.source for cell in nbformat.read("nbs/index.ipynb", as_version=4).cells)
-    notebooks[folder / "index.ipynb"].cells.append(toctree({name.removesuffix(".ipynb") for name in pages.values()}, index))
+    notebooks[folder / "index.ipynb"].cells.append(toctree({name.removesuffix(".ipynb") for name in pages.values()}))
     markdown = [cell for nb in notebooks.values() for cell in nb.cells if cell.cell_type == "markdown"]
     targets = {name for cell in markdown for name in TARGET.findall(cell.source)}
     for path, nb in notebooks.items():

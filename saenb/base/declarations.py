@@ -50,7 +50,8 @@ def _used(name: str) -> ModuleType:
         if not path.is_file():
             raise SaenbError(f"There is no file {name} to use; check the path.")
         known = sys.modules.get(path.stem)
-        if getattr(known, "__file__", None) == str(path): return known # it asks for what is declared while it is run
+        if getattr(known, "__file__", None) == str(path):
+            return known # the file looks declarations up while it runs
         if known:
             raise SaenbError(f"{name} cannot be used, since there is a module {path.stem} already; "
                              "give the file another name.")

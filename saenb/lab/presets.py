@@ -142,25 +142,28 @@ PRESETS = {"tiny": tiny, "tiny-full": tiny_full, "gemma-2-2b": gemma,
 
 def named_preset(name: str) -> Preset:
     "The preset of that name: the package's, a declared one, or a world's folder, with -full at full length."
-    if name in PRESETS: return _built(name)
+    if name in PRESETS: return _built(name, *evaluations())
     found = _declared()
     if name in found: return found[name]
     for folder, budget in ((name, tiny), (name.removesuffix("-full"), tiny_full)):
-        if (Path(folder)/"world.json").exists(): return _world(folder, budget)
+        if (Path(folder)/"world.json").exists():
+            return _world(folder, budget, *evaluations())
     return lookup(name, {**PRESETS, **found}, "preset")
 
 def all_presets() -> dict[str, str]:
     "All presets that have a name, each with one line about it."
     makers = {name: make.func if isinstance(make, partial) else make for name, make in PRESETS.items()}
     about = {name: make.__doc__ for name, make in makers.items()}
-    return about | {name: f"{p.model}, layer {p.layer}." for name, p in _declared().items()}
+    models = {name: f"the model of {p.world}" if Path(p.model).exists() else p.model
+              for name, p in _declared().items()}
+    return about | {name: f"Layer {p.layer} of {models[name]}." for name, p in _declared().items()}
 
 def _declared():
     "Declared presets by name, apart from those that have a package preset's name."
     return {p.name: p for p in declared(Preset, "saenb.lab") if p.name not in PRESETS}
 
-@cache
-def _built(name): return PRESETS[name]()
+@cache # by the names of evaluations: made again once another one is declared
+def _built(name, *evals): return PRESETS[name]()
 
 @cache
-def _world(folder, budget): return budget(folder)
+def _world(folder, budget, *evals): return budget(folder)

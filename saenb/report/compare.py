@@ -51,7 +51,7 @@ def numbers(record: Record) -> dict[str, float]:
 
 # %% ../../nbs/5_laboratory/74_compare.ipynb #78170c3c
 def compare(records: list[Record]) -> list[dict]:
-    "A row for each run, variant and measure: mean and difference from the baseline, with intervals over seeds."
+    "A row for each run, variant and measure: mean, difference from the baseline, intervals over seeds."
     groups = {}
     for r in records: groups.setdefault((r.run, r.variant), []).append(r)
     rows = []
@@ -66,7 +66,7 @@ def compare(records: list[Record]) -> list[dict]:
     return rows
 
 def between(records: list[Record], others: list[Record]) -> dict[str, dict]:
-    "By measure, the mean difference of records from others in pairs (a ratio for step seconds) and its interval."
+    "By measure, the mean difference of pairs of records (for step seconds the ratio) and its interval."
     pairs, found = [(numbers(a), numbers(b)) for a, b in zip(records, others, strict=True)], {}
     for measure in [m for m in pairs[0][0] if all(n.get(m) is not None for pair in pairs for n in pair)]:
         times = measure == "step seconds"
@@ -111,14 +111,15 @@ def as_table(rows: list[dict]) -> str:
 # %% ../../nbs/5_laboratory/74_compare.ipynb #a3f615c0
 def as_markdown(rows: list[dict], measures: list[str],
                 more: dict[str, dict[str, list[float]]] | None = None) -> str:
-    "A line a run and a column a measure, with intervals over seeds; bold where a run differs from the baseline."
+    "A line a run and a column a measure, with intervals; bold where a run differs from the baseline."
     cells, titles = {}, {}
     for r in rows:
         if r["measure"] not in measures: continue
         name = f"{r['run']} {r['variant']}".strip()
         titles[name] = r["title"]
         value = f"**{r['value']:.3f}**" if r["differs"] else f"{r['value']:.3f}"
-        cells[name, r["measure"]] = value + ("" if r["low"] is None else f"<br>{r['low']:.2f} to {r['high']:.2f}")
+        interval = "" if r["low"] is None else f"<br>{r['low']:.2f} to {r['high']:.2f}"
+        cells[name, r["measure"]] = value + interval
     for column, values in (more or {}).items():
         for run, found in values.items():
             mean, low, high = over_seeds(found)
