@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from saenb.lab.analyses import step_cost
 from saenb.report.experiments.orthogonality_report import chosen_pairs, matching, pairs_between_seeds
-from saenb.report.experiments.positional_report import specialisation_along, told_of_position
+from saenb.report.experiments.positional_report import specialisation_along, position_bits
 from saenb.lab.analyses import analyse
 from saenb.lab.runner import run
 from saenb.ideas.pairs import jaccard, pair_count, strongest
@@ -122,4 +122,4 @@ def test_what_is_looked_at_on_the_way_is_the_training_itself(store, asked):
     along = specialisation_along(run, store, 64, training, *asked, shares=(0, 0.5, 1))
     sae = SAE(SAEConfig(d_in=store.d_in, d_sae=64, hook_layer=store.layer)).initialise(store.rows(0, 2**15).x, training.seed)
     Trainer(sae, store, [make_mechanism(name, settings, sae.cfg) for name, settings in run.mechanisms], training).fit(progress=False)
-    assert told_of_position(sae, *asked)[0] == along["bits"][-1]
+    assert position_bits(sae, *asked)[0] == along["bits"][-1]

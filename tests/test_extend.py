@@ -119,25 +119,31 @@ def mini_world(folder):
 
 @pytest.fixture(scope="session")
 def mini(once):
-    """That world's folder, and beside it one with its store and its list of known questions."""
+    """That world's folder, whose name serves as a preset's."""
+    return once("mini", mini_world)/"tiny"
+
+
+@pytest.fixture(scope="session")
+def made(once, mini):
+    """A folder of records that has none yet, but the store and the list of known questions."""
     from saenb.lab.preset_files import find_preset
     from saenb.lab.runner import exam_of, store_of
 
     def fill(folder):
-        preset = find_preset(str(mini_world(folder)))
-        store_of(preset, folder/"runs")
-        exam_of(preset, folder/"runs")
-    return once("mini", fill)
+        preset = find_preset(str(mini))
+        store_of(preset, folder)
+        exam_of(preset, folder)
+    return once("mini_runs", fill)
 
 
 @pytest.fixture
-def script(wheel, mini, tmp_path):
+def script(wheel, mini, made, tmp_path):
     """Write my_ideas.py into an empty folder, and run something there that sees the wheel only."""
     def write(text):
         (tmp_path/"my_ideas.py").write_text(text)
         (tmp_path/"runs").mkdir()
-        (tmp_path/"runs"/"tiny").symlink_to(mini/"runs"/"tiny")
-        env = os.environ | dict(PYTHONPATH=str(wheel), WHEEL=str(wheel), WORLD=str(mini/"tiny"), MPLBACKEND="agg")
+        (tmp_path/"runs"/"tiny").symlink_to(made/"tiny")
+        env = os.environ | dict(PYTHONPATH=str(wheel), WHEEL=str(wheel), WORLD=str(mini), MPLBACKEND="agg")
 
         def call(*arguments):
             done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, env=env)
@@ -176,24 +182,24 @@ def test_a_mechanism(script, tmp_path):
 
 def test_an_architecture(script, tmp_path):
     run = 'Run("mine/2", "Tied", "Features read what they write.", architecture="tied")'
-    call = script(ARCHITECTURE + PRESET + FIGURES % run)
-    assert "figures/mine/unlearning_scores.png" in call("my_ideas.py")
-    record = tmp_path/"runs"/"short"/"mine"/"run_2"/"seed_0"
-    assert holds_its_source(record, tmp_path)["run"]["architecture"] == "tied"
-    gain = call("-c", "from saenb.base.declarations import use; use('my_ideas.py'); from saenb import load_sae;"
-                f"sae = load_sae('{record}/sae'); print(sae.cfg.architecture, (sae.gain - 1).abs().max().item() > 0)")
-    assert gain.split() == ["tied", "True"]  # what is its own has been learned, and is read again
+    shown = script(ARCHITECTURE + PRESET + FIGURES % run + """
+    sae = saenb.load_sae(record.path/"sae")
+    print(sae.cfg.architecture, (sae.gain - 1).abs().max().item() > 0)
+""")("my_ideas.py").split()
+    assert shown[-2:] == ["tied", "True"]  # what is its own has been learned, and is read again
+    assert "figures/mine/unlearning_scores.png" in shown  # though no experiment is declared
+    assert holds_its_source(tmp_path/"runs"/"short"/"mine"/"run_2"/"seed_0", tmp_path)["run"]["architecture"] == "tied"
 
 
 def test_an_evaluation(script, tmp_path):
-    call = script(EVALUATION + PRESET.replace('("unlearning",)', '("unlearning", "forget_density")'))
-    assert "forget_density" in call("-m", "saenb", "--use", "my_ideas.py", "list", "evaluations")
-    call("-m", "saenb", "--use", "my_ideas.py", "run", "orthogonality/0", "--preset", "short")
+    shown = script(EVALUATION + PRESET.replace('("unlearning",)', '("unlearning", "forget_density")') + FIGURES % '"orthogonality/0"' + """
+    from saenb.report.compare import as_table, compare
+    print(as_table(compare([record])))
+""")("my_ideas.py")
+    assert "figures/orthogonality/unlearning_scores.png" in shown and "forget density" in shown
     record = tmp_path/"runs"/"short"/"orthogonality"/"run_0"/"seed_0"
     holds_its_source(record, tmp_path)
-    result = json.loads((record/"evals"/"forget_density.json").read_text())
-    assert 0 < result["eval_result_unstructured"]["density"] < 1
-    assert "forget density" in call("-m", "saenb", "--use", "my_ideas.py", "compare", str(record))
+    assert 0 < json.loads((record/"evals"/"forget_density.json").read_text())["eval_result_unstructured"]["density"] < 1
 
 
 def test_an_intervention(script, tmp_path):
@@ -205,9 +211,8 @@ def test_an_intervention(script, tmp_path):
 
 
 def test_a_preset(script, tmp_path):
-    call = script(HEAD + PRESET)
+    call = script(HEAD + PRESET + FIGURES % '"orthogonality/0"')
     assert "short" in call("-m", "saenb", "--use", "my_ideas.py", "list", "presets").split()
-    call("-m", "saenb", "--use", "my_ideas.py", "run", "orthogonality/0", "--preset", "short")
+    assert "figures/orthogonality/unlearning_scores.png" in call("my_ideas.py")
     config = json.loads((tmp_path/"runs"/"short"/"orthogonality"/"run_0"/"seed_0"/"config.json").read_text())
     assert config["preset"] == "short" and config["d_sae"] == 64 and "source" not in config  # all that it says is in the configuration
-    assert "figures/orthogonality/unlearning_scores.png" in call("-m", "saenb", "--use", "my_ideas.py", "figures", "--preset", "short", "--figures", "figures")

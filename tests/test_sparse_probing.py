@@ -169,7 +169,7 @@ def test_means_are_those_of_single_texts(setup, readings, model, fresh):
              + [" ".join(["The origin of luzebi is kiva."] * 40)])
     sae = fresh()
     channels, features = text_means(readings, grouped(model.tokenizer, texts, 128),
-                                    [lambda x: x, lambda x: encoded(sae, x)], max_jobs=3)
+                                    [lambda x: x, lambda x: encoded(sae, x)], chunk=3)
     for i, text in enumerate(texts):
         ids = model.tokenizer(text, return_tensors="pt")["input_ids"][:, :128]
         assert ids[0, 0] == model.tokenizer.bos_token_id

@@ -33,7 +33,10 @@ class World:
         self.about = read_json(self.path/"world.json", "world",
                                dict(config={f.name: float if f.type is float else range(2**50)
                                             for f in fields(WorldConfig)}, known=float, files={str: str}))
-        self.cfg = WorldConfig(**{f.name: self.about["config"][f.name] for f in fields(WorldConfig)})
+        config = {f.name: self.about["config"][f.name] for f in fields(WorldConfig)}
+        try: self.cfg = WorldConfig(**config)
+        except SaenbError as e:
+            raise SaenbError(f"{self.path/'world.json'}: {e}") from None
 
     @classmethod
     def default(cls) -> "World":

@@ -114,8 +114,10 @@ def experiments() -> dict[str, Experiment]:
     "All declared experiments by name."
     found = {}
     for e in sorted(declared(Experiment, "saenb.ideas"), key=lambda e: e.rank):
-        if e.name in found: _join(found, e.runs)
-        else: found[e.name] = replace(e, figures=e.figures, analyses=e.analyses)
+        if e.name in found:
+            _join(found, e.runs)
+        else:
+            found[e.name] = replace(e, figures=e.figures, analyses=e.analyses)
     _join(found, declared(Run, "saenb.ideas"))
     return found
 

@@ -221,7 +221,8 @@ def source_of(run: Run, preset: Preset) -> dict[str, str]:
     parts += [evaluation(name).evaluate for name in preset.recorded]
     setups = [preset.evals[name] for name in preset.recorded]
     parts += [INTERVENTIONS.named(s.intervention) for s in setups if hasattr(s, "intervention")]
-    parts += [m for m in holders("saenb.ideas") if any(_declares(v, run.id) for v in list(vars(m).values()))]
+    home = [m for m in holders("saenb.ideas") if any(_declares(v, run.id) for v in list(vars(m).values()))]
+    parts += home[:1] # the first declares it, others hold it
     return dict(found for found in map(foreign_source, parts) if found)
 
 def _declares(value, id) -> bool:

@@ -55,8 +55,8 @@ class Material:
         "An analysis that was kept beside the records, if it was."
         path = self.root/self.experiment/f"{name}.json"
         modules_in("saenb.report.experiments")
-        declared = experiments()[self.experiment].analyses
-        shape = declared[name].schema if name in declared else COSTS
+        known = experiments().get(self.experiment)
+        shape = known.analyses[name].schema if known and name in known.analyses else COSTS
         return read_json(path, f"{name} analysis", {str: shape}) if path.exists() else None
 
     @property
@@ -134,8 +134,10 @@ def switched_off(material: Material) -> Figure | None:
 
 # %% ../../nbs/5_laboratory/76_figures.ipynb #05731783
 def materials_in(root: str | Path) -> list[Material]:
-    "The experiments that have records in a preset's folder."
-    return [m for m in (Material(Path(root), experiment) for experiment in experiments()) if m.records]
+    "The experiments that have records in a preset's folder: those that are declared, then others by name."
+    found = {r.run.split("/")[0] for r in find_records(root)}
+    names = [name for name in experiments() if name in found]
+    return [Material(Path(root), name) for name in (*names, *sorted(found - set(names)))]
 
 def at_a_glance(root: str | Path) -> Figure | None:
     "Every run's score, its seeds, and what its log reports; the line is the supervised reference."
@@ -217,17 +219,16 @@ COMMON = dict(unlearning_scores=scores, training_losses=losses("loss"))
 def figures_of(experiment: str) -> dict:
     "An experiment's figures by name: those of every experiment, and its own; None takes one away."
     modules_in("saenb.report.experiments")
-    return {name: draw for name, draw in (COMMON | experiments()[experiment].figures).items() if draw}
+    known = experiments().get(experiment) # one that is not declared has records all the same
+    return {name: draw for name, draw in (COMMON | (known.figures if known else {})).items() if draw}
 
 # %% ../../nbs/5_laboratory/76_figures.ipynb #c4527a17
 def draw_figures(root: str | Path, out: str | Path) -> list[Path]:
     "Redraw every experiment's figures from the records below `root`."
     made = []
-    for experiment in experiments():
-        material = Material(Path(root), experiment)
-        if not material.records: continue
-        made += [keep(figure, Path(out)/experiment/f"{name}.png")
-                 for name, draw in figures_of(experiment).items() if (figure := draw(material))]
+    for material in materials_in(root):
+        made += [keep(figure, Path(out)/material.experiment/f"{name}.png")
+                 for name, draw in figures_of(material.experiment).items() if (figure := draw(material))]
     for name, draw in dict(at_a_glance=at_a_glance, all_runs=everything).items():
         if figure := draw(root):
             made.append(keep(figure, Path(out)/"overview"/f"{name}.png"))
