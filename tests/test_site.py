@@ -109,7 +109,7 @@ def test_the_search_finds_offline(opened, site):
 
 @needs_browser
 def test_the_table_of_all_runs_sorts(opened, site):
-    opened.goto((site/"reports"/"overview.html").as_uri())
+    opened.goto((site/"0_start"/"03_results.html").as_uri())
     def column(i):
         return opened.eval_on_selector_all("table.sortable tbody tr",
                                            f"rows => rows.map(r => parseFloat(r.cells[{i}].dataset.value))")

@@ -114,7 +114,8 @@ def foreign_source(declaration) -> tuple[str, str] | None:
 
 def _cell_of(declaration) -> str:
     "The notebook cell that defines a class or function, as its functions remember it."
-    codes = [f.__code__ for f in (declaration, *vars(declaration).values()) if hasattr(f, "__code__")]
+    found = [inspect.unwrap(f) for f in (declaration, *vars(declaration).values()) if callable(f)]
+    codes = [f.__code__ for f in found if hasattr(f, "__code__")]
     return next(filter(None, ("".join(linecache.getlines(code.co_filename)) for code in codes)), "")
 
 def source_digest(text: str) -> str:
