@@ -55,7 +55,8 @@ def from_hub(
                          "which is owner/name or owner/name/folder/inside; check the path.")
     repository, inside = "/".join(parts[:2]), parts[2:]
     wanted = ["/".join((*inside, file)) for format in known.values() for file in (format.file, *format.files)]
-    try: snapshot = snapshot_download(repository, allow_patterns=wanted, **options)
+    try:
+        snapshot = snapshot_download(repository, allow_patterns=wanted, **options)
     except Exception as e:
         if "gated" in str(e).lower():
             raise SaenbError(gated(repository, "dictionary")) from None
