@@ -291,8 +291,8 @@ def test_a_dead_dictionary_gives_numbers_all_the_same(model, sae, setup, reading
 
 
 def test_the_model_reads_once_and_the_same_comes_out(model, sae, setup, readings, results, monkeypatch):
-    monkeypatch.setattr("saenb.evals.absorption.stream_at", lambda *a: pytest.fail("read again"))
-    monkeypatch.setattr("saenb.evals.absorption.ground_truth", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr("saenb.evals.class_words.stream_at", lambda *a: pytest.fail("read again"))
+    monkeypatch.setattr("saenb.evals.class_words.ground_truth", lambda *a: pytest.fail("trained again"))
     again = evaluate(model, sae, setup, readings)
     assert again | dict(datetime_epoch_millis=0) == results["trained"] | dict(datetime_epoch_millis=0)
 

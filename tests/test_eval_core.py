@@ -237,8 +237,8 @@ def test_special_tokens_keep_their_stream(trained, readings, setup):
 
 
 def test_small_batches_of_logits_say_the_same(model, trained, setup, ours, readings, monkeypatch):
-    monkeypatch.setattr(core, "LOGITS", 3 * 128 * 344)
-    monkeypatch.setattr(core, "REMEMBERED", 0)
+    monkeypatch.setattr(reconstruction, "LOGITS", 3 * 128 * 344)
+    monkeypatch.setattr(reconstruction, "REMEMBERED", 0)
     again = Readings(model, readings.layer)
     o = evaluate(model, trained, setup, again)["eval_result_unstructured"]["both"]
     for k in ("loss", "loss_rebuilt", "loss_zero", "recovered", "divergence"): assert o[k] == pytest.approx(ours["trained"]["both"][k], rel=1e-4)
