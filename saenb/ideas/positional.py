@@ -287,4 +287,4 @@ RUNS = MASKED + ROUTED_RUNS
 
 POSITIONAL = Experiment(
     "positional", "Structured positional masking for adaptive temporal feature specialisation",
-    RUNS, rank=2)
+    RUNS, reported=0.0, rank=2)

@@ -93,6 +93,7 @@ class Experiment:
     training: dict = field(default_factory=dict) # fields of `TrainConfig` that its baseline changes
     figures: dict[str, Callable] = field(default_factory=dict) # draw(material) by file name
     analyses: dict[str, Analysis] = field(default_factory=dict) # by file name
+    reported: float | None = None # the score that its log reports for each of its runs, where there is a log
     rank: int = 100 # its place among the experiments, the lowest first
 
     def __post_init__(self):

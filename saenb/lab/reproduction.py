@@ -25,9 +25,9 @@ from ..ideas.run import Run, all_runs, baseline_run
 from .analyses import REMADE, analyse
 from .engines import cores, run_parallel
 from .preset_files import find_preset
-from .presets import PRESETS, Preset
+from .presets import Preset
 from .ray_engine import need_ray, on_ray
-from .records import CONTROL_NAMES, CONTROLS_SHAPE, Record, find_records
+from .records import CONTROLS_SHAPE, CONTROL_NAMES, Record, find_records
 from .runner import evaluate_sae, exam_of, has_dictionary, plan_record, run, store_of
 from ..report.explorer import explore, write_page
 from ..report.figures import draw_figures
@@ -88,7 +88,8 @@ def reproduce(
             raise SaenbError(f"With 0 {name} there is nothing to make; ask for 1 or more.")
     need_tracker(track)
     if engine == "ray": # paths that hold wherever a task stands
-        out, preset = Path(out).absolute(), preset if preset in PRESETS else str(Path(preset).absolute())
+        out = Path(out).absolute()
+        if isinstance(preset, str) and Path(preset).exists(): preset = str(Path(preset).absolute())
     several = _engine(engine, this, jobs, out, address)
     chosen = [r for r in all_runs().values() if not experiments or r.experiment in experiments]
     common, how = dict(preset=preset, out=out, steps=steps), dict(progress=several is None, track=track)

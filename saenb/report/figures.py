@@ -151,8 +151,9 @@ def at_a_glance(root: str | Path) -> Figure | None:
             values, is_baseline = [r.unlearning["score"] for r in material.of(number)], number == "0"
             ax.bar(at, np.mean(values), width=0.75, color="0.75" if is_baseline else f"C{i}", alpha=0.8)
             ax.plot([at] * len(values), values, ".", ms=4, color="0.2")
-            if number.isdigit() and not is_baseline: # runs with another name stand in no log
-                ax.plot(at, 0, "x", ms=5, color="tab:red", zorder=3, clip_on=False,
+            reported = experiments()[material.experiment].reported
+            if reported is not None and number.isdigit() and not is_baseline: # others stand in no log
+                ax.plot(at, reported, "x", ms=5, color="tab:red", zorder=3, clip_on=False,
                         label="what the log reports" if len(ticks) == 1 else None)
             ticks[at] = number if number.isdigit() else number[0]
             at += 1
