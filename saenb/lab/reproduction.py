@@ -89,7 +89,8 @@ def reproduce(
     need_tracker(track)
     if engine == "ray": # paths that hold wherever a task stands
         out = Path(out).absolute()
-        if isinstance(preset, str) and Path(preset).exists(): preset = str(Path(preset).absolute())
+        if isinstance(preset, str) and Path(preset).exists():
+            preset = str(Path(preset).absolute())
     several = _engine(engine, this, jobs, out, address)
     chosen = [r for r in all_runs().values() if not experiments or r.experiment in experiments]
     common, how = dict(preset=preset, out=out, steps=steps), dict(progress=several is None, track=track)
