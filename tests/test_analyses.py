@@ -92,7 +92,7 @@ def test_the_lab_keeps_analyses_and_makes_what_is_missing(records, small):
     out, made = records
     found = analyse("orthogonality", small, out)
     folder = out/"tiny"/"orthogonality"
-    assert {k: set(v) for k, v in found.items()} == dict(step_cost={"orthogonality/1"}, pairs_between_seeds={"orthogonality/1"}, specialisation_along=set())
+    assert {k: set(v) for k, v in found.items()} == dict(step_cost={"orthogonality/1"}, pairs_between_seeds={"orthogonality/1"})
     kept = {p.name: p.read_bytes() for p in folder.glob("*.json")}
     assert set(kept) == {"step_cost.json", "pairs_between_seeds.json"}
     assert analyse("orthogonality", small, out) == found and {p.name: p.read_bytes() for p in folder.glob("*.json")} == kept

@@ -93,7 +93,8 @@ def dtype(self: SAE) -> torch.dtype:
 @patch(as_prop=True)
 def n_active(self: SAE) -> int:
     "How many features, counted from the first, are at work; the others rest, and are silent."
-    return min((g.n_active for g in self.gates if g.n_active is not None), default=self.cfg.d_sae)
+    return min((g.n_active for g in self.gates if getattr(g, "n_active", None) is not None),
+               default=self.cfg.d_sae)
 
 # %% ../../nbs/2_dictionary/12_sae.ipynb #78e4fe90
 FIRST_DENSITY = 0.05 # share of tokens on which a feature is active before training
