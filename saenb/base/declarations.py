@@ -90,6 +90,13 @@ class Classes(dict):
         super().__init__()
         self.what, self.packages = what, packages
 
+    def enter(self, name: str, cls: type):
+        "Enter a class; the package's own does not take the place of another one of its name."
+        own = cls.__module__.startswith("saenb.")
+        kept = self.get(name)
+        if kept is None or not own or kept.__module__.startswith("saenb."):
+            self[name] = cls
+
     def load(self):
         "Import all modules that may define such classes."
         for package in self.packages: modules_in(package)
@@ -110,13 +117,20 @@ def foreign_source(declaration) -> tuple[str, str] | None:
     if path and Path(path).is_file():
         return Path(path).name, Path(path).read_text(encoding="utf-8")
     cell = "" if declaration is module else _cell_of(declaration)
-    return (f"{declaration.__name__}.py", cell) if cell else None
+    return (f"{declaration.__name__}.py", cell) if cell and not _exported(declaration, cell) else None
 
 def _cell_of(declaration) -> str:
     "The notebook cell that defines a class or function, as its functions remember it."
     found = [inspect.unwrap(f) for f in (declaration, *vars(declaration).values()) if callable(f)]
     codes = [f.__code__ for f in found if hasattr(f, "__code__")]
     return next(filter(None, ("".join(linecache.getlines(code.co_filename)) for code in codes)), "")
+
+def _exported(declaration, cell: str) -> bool:
+    "Whether the cell is one that the package exports: its notebooks define again what they explain."
+    twins = [vars(m).get(declaration.__name__)
+             for name, m in list(sys.modules.items()) if name.startswith("saenb.")]
+    own = [t for t in twins if str(getattr(t, "__module__", "")).startswith("saenb.") and callable(t)]
+    return any(inspect.getsource(t).strip() in cell for t in own)
 
 def source_digest(text: str) -> str:
     "SHA-256 of a source."

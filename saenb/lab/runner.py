@@ -217,6 +217,8 @@ def _model_name(preset):
 # %% ../../nbs/5_laboratory/66_runner.ipynb #3f189de2
 def source_of(run: Run, preset: Preset) -> dict[str, str]:
     "The sources that decide a record and are not the package's, by file name."
+    for known in (MECHANISMS, ARCHITECTURES, INTERVENTIONS):
+        known.load() # to tell the package's own from others
     parts = [MECHANISMS.named(name) for name, _ in run.mechanisms] + [ARCHITECTURES.named(run.architecture)]
     parts += [evaluation(name).evaluate for name in preset.recorded]
     setups = [preset.evals[name] for name in preset.recorded]

@@ -27,7 +27,7 @@ class Architecture:
         super().__init_subclass__(**kwargs)
         if not re.fullmatch(r"\w{1,40}", cls.name):
             raise SaenbError(f"The architecture {cls.__name__} has no name; give it one.")
-        ARCHITECTURES[cls.name] = cls
+        ARCHITECTURES.enter(cls.name, cls)
 
     def parameters(self, cfg) -> dict[str, torch.Tensor]:
         "What is learned beside weights and biases, at its start, by name."

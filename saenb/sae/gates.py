@@ -23,7 +23,7 @@ class Gate(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        MECHANISMS[cls.__name__] = cls
+        MECHANISMS.enter(cls.__name__, cls)
 
     def __init__(self, d_in: int, d_sae: int, **settings):
         super().__init__()

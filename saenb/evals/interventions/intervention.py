@@ -32,7 +32,7 @@ class Intervention:
         super().__init_subclass__(**kwargs)
         if not re.fullmatch(r"\w{1,40}", cls.name):
             raise SaenbError(f"The intervention {cls.__name__} has no name; give it one.")
-        INTERVENTIONS[cls.name] = cls
+        INTERVENTIONS.enter(cls.name, cls)
 
     def settings(self, grid: Grid, stats: FeatureStats) -> list[dict]:
         "A grid's settings with the features that each one chooses."
