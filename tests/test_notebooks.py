@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import saenb
 from conftest import ROOT
 
 NBS = ROOT/"nbs"
@@ -123,7 +125,9 @@ def ready():
     """Processes that have imported what notebooks import, and have done nothing else."""
     os.environ["MPLBACKEND"] = "agg"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["saenb.lab.reproduction", "saenb.report.figures", "nbdev.test", "matplotlib.pyplot"])
+    own = [m.name for m in pkgutil.walk_packages(saenb.__path__, "saenb.") if not m.name.endswith(("__main__", "saelens_gates", "ray_engine"))]
+    heavy = ["transformer_lens.model_bridge", "transformers.models.gemma2.modeling_gemma2", "datasets", "sklearn.linear_model", "scipy.stats"]
+    context.set_forkserver_preload([*own, *heavy, "nbdev.test", "matplotlib.pyplot"])
     return context
 
 
