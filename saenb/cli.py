@@ -366,7 +366,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 # %% ../nbs/5_laboratory/79_cli.ipynb #ecd6e4ca
 def main(arguments: list[str] | None = None) -> int:
-    "Run one command; 0 when it went well, 2 when the user can mend what did not."
+    "Run one command; 0 when it went well, 2 when the user can put right what did not."
     args = parser().parse_args(arguments)
     try:
         if args.use:
