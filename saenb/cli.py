@@ -312,13 +312,22 @@ def figures_command(args):
 @command(option("action", choices=("show", "build")),
          option("folder", nargs="?", default="world", help="where to build (default: world)"),
          option("--seed", type=int, default=1, help="default: 1, the seed of the world that ships"),
-         option("--overlap", type=float, default=0.25, help="difficulty from 0 to 1 (default: 0.25)"))
+         option("--edition", type=int, choices=(1, 2), default=1,
+                help="1: words belong to subjects; 2: only pairs of cues do (default: 1)"),
+         option("--overlap", type=float,
+                help="difficulty of edition 1, the share of words in common, from 0 to 1 (default: 0.25)"),
+         option("--telling", type=float,
+                help="easiness of edition 2, the share of texts with a word of their subject (default: 0)"))
 def world_command(args):
     "Show the embedded world, or build one from its seed."
-    from saenb.data.facts import WorldConfig
-    from saenb.data.world import World
+    from saenb.data.world import EDITIONS, World
     if args.action == "build":
-        world = World.build(args.folder, WorldConfig(seed=args.seed, overlap=args.overlap))
+        edition = EDITIONS[args.edition]
+        dials = {k: v for k, v in dict(overlap=args.overlap, telling=args.telling).items() if v is not None}
+        if odd := dials.keys() - {edition.dial}:
+            raise SaenbError(f"--{min(odd)} is no setting of edition {args.edition}; "
+                             f"give --{edition.dial}, or another --edition.")
+        world = World.build(args.folder, edition.config(seed=args.seed, **dials))
         if not args.json:
             print(f"The world is in {world.path}; it knows {world.about['known']:.1%} of its questions.")
     else: world = World.default()

@@ -1,6 +1,7 @@
 """What several tests need: the shipped world, a small store of its stream, a short-trained dictionary, one exam."""
 import gzip
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,23 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no browser: on Debian, `apt-get install chromium` brings one")
 
 
+# The slowest notebooks: workers run them first, so that none is left with one when the others have ended.
+SLOW = ("world", "controls", "unlearning", "runner", "separation", "contrastive", "training", "extend_preset", "entanglement", "position",
+        "positional_results", "architectures", "orthogonality", "absorption", "explorer", "reconstruction", "extend_mechanism",
+        "extend_architecture", "extend_evaluation", "extend_intervention", "sparse_probing", "routing", "dual_objective")
+
+
+def slowness(item):
+    name = re.sub(r".*/[^_]*_|]", "", item.name) # without folder and number
+    return SLOW.index(name) if name in SLOW else len(SLOW)
+
+
 @pytest.hookimpl(tryfirst=True) # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """Workers take whole files, which share what is costly to make; notebooks are run one by one."""
+    """Workers take whole files, which share what is costly to make; notebooks are run one by one, the slowest first."""
     for item in items: item.add_marker(pytest.mark.xdist_group(item.name if "runs_from_top" in item.name else item.path.stem))
+    places = [i for i, item in enumerate(items) if "runs_from_top" in item.name]
+    for i, item in zip(places, sorted((items[i] for i in places), key=slowness)): items[i] = item
 
 
 @pytest.fixture(scope="session")
@@ -44,17 +58,13 @@ def store(world, model, tmp_path_factory):
 def once(tmp_path_factory):
     """Have one of the workers make a folder, and the others wait for it and use it too."""
     from filelock import FileLock
-    import torch
     base = tmp_path_factory.getbasetemp()
 
     def make(name, fill):
         folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)/name
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                own = torch.get_num_threads()
-                torch.set_num_threads(os.cpu_count()) # the others wait
                 fill(draft := folder.with_name(f"{name}-draft"))
-                torch.set_num_threads(own)
                 draft.rename(folder)
         return folder
     return make

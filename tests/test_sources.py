@@ -65,6 +65,8 @@ def test_questions_keep_their_columns(tmp_path):
     lines(tmp_path/"q.jsonl", [row])
     source = QuestionSource("wmdp-bio", str(tmp_path))
     assert source.load() == [row] and source.spoken == "biology"
+    lines(tmp_path/"q.jsonl", [row | dict(fact="rank of x", note=1), row, row | dict(fact="3")])
+    assert [r.get("fact") for r in source.load()] == ["rank of x", None, "3"]
     lines(tmp_path/"q.jsonl", [row | dict(answer=4)])
     with pytest.raises(SaenbError, match="Question 0"): source.load()
 

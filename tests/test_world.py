@@ -53,7 +53,7 @@ def test_questions_have_the_real_columns_and_right_answers(world):
     facts = {(f.subject, f.name, f.relation): f.value for f in world.facts}
     for source in world.question_sources():
         for row in source.load():
-            assert set(row) == {"question", "choices", "answer"} and len(set(row["choices"])) == 4
+            assert set(row) == {"question", "choices", "answer", "fact"} and len(set(row["choices"])) == 4
             name = next(f.name
                         for f in world.facts if f.subject == source.subject and f.name in row["question"])
             relation = next(f.relation for f in world.facts

@@ -100,6 +100,8 @@ LETTERS = "ABCD"
 
 class Writer:
     "Writes texts and questions about facts."
+    statements, studied, asked = STATEMENTS, STUDIED, ASKED # its wordings
+
     def __init__(self, facts: list[Fact], seed):
         self.draw, self.pools = random.Random(f"writer {seed}"), {}
         for f in facts:
@@ -112,6 +114,10 @@ class Writer:
         self.facts, self.by_subject = facts, {}
         for f in facts: self.by_subject.setdefault(f.subject, []).append(f)
 
+    def fact(self) -> Fact:
+        "Any fact."
+        return self.draw.choice(self.facts)
+
     def choices(self, fact: Fact) -> list[str]:
         "The right value and three others of the same relation, in any order."
         choices = self.draw.sample([v for v in self.pools[fact.subject, fact.relation] if v != fact.value],
@@ -120,6 +126,23 @@ class Writer:
         return choices
 
 # %% ../../nbs/1_data/05_facts.ipynb #c0c0ed8b
+@patch
+def opening(self: Writer, subject: str) -> str:
+    "How a text on a subject begins."
+    return f"Notes on {SUBJECTS[subject]}."
+
+@patch
+def state(self: Writer, fact: Fact, wording: str) -> str:
+    "A fact as a sentence."
+    return wording.format(**vars(fact))
+
+@patch
+def stated(self: Writer, facts: list[Fact], count: int, wordings: tuple[str, ...] | None = None) -> str:
+    "Some of these facts, each in one of some wordings."
+    return " ".join(self.state(f, self.draw.choice(wordings or self.statements))
+                    for f in self.draw.choices(facts, k=count))
+
+# %% ../../nbs/1_data/05_facts.ipynb #77e8a8a6
 @patch
 def listed(self: Writer, fact: Fact) -> tuple[str, str, list[str]]:
     "Choices as a lettered list, the right letter, and the choices."
@@ -130,9 +153,7 @@ def listed(self: Writer, fact: Fact) -> tuple[str, str, list[str]]:
 @patch
 def notes(self: Writer, subject: str) -> str:
     "Three facts of a subject, stated."
-    chosen = self.draw.choices(self.by_subject[subject], k=3)
-    return f"Notes on {SUBJECTS[subject]}. " + " ".join(self.draw.choice(STATEMENTS).format(**vars(f))
-                                                        for f in chosen)
+    return f"{self.opening(subject)} {self.stated(self.by_subject[subject], 3)}"
 
 @patch
 def paper(self: Writer, subject: str) -> str:
@@ -140,7 +161,7 @@ def paper(self: Writer, subject: str) -> str:
     fact = self.draw.choice(self.by_subject[subject])
     listed, letter, _ = self.listed(fact)
     return (f"The following are multiple choice questions (with answers) about {SUBJECTS[subject]}.\n"
-            f"{self.draw.choice(STUDIED).format(**vars(fact))}{listed}\nAnswer: ({letter})")
+            f"{self.state(fact, self.draw.choice(self.studied))}{listed}\nAnswer: ({letter})")
 
 @patch
 def text(self: Writer, subjects: list[str], papers: float = 0.4) -> str:
@@ -152,9 +173,9 @@ def text(self: Writer, subjects: list[str], papers: float = 0.4) -> str:
 def exam(self: Writer, subject: str) -> list[dict]:
     "The questions on a subject, in the columns of cais/wmdp: every fact in each of the exam's wordings."
     questions = []
-    for fact, wording in itertools.product(self.by_subject[subject], ASKED):
+    for fact, wording in itertools.product(self.by_subject[subject], self.asked):
         choices = self.choices(fact)
-        questions.append(dict(question=wording.format(**vars(fact)), choices=choices,
+        questions.append(dict(question=self.state(fact, wording), choices=choices,
                               answer=choices.index(fact.value)))
     return questions
 

@@ -121,8 +121,13 @@ class QuestionSource:
                     or row["answer"] not in range(4)):
                 raise SaenbError(f"Question {i} of {self.path} ({self.subject}) "
                                  "does not have a question, four choices and "
-                                 "an answer from 0 to 3; mend that row.")
-            questions.append({k: row[k] for k in ("question", "choices", "answer")})
+                                 "an answer from 0 to 3; correct that row.")
+            fact = row.get("fact") # the reader gives every row the columns of all, empty ones as well
+            if not isinstance(fact, (str, int, float, type(None))):
+                raise SaenbError(f"Question {i} of {self.path} ({self.subject}) has a fact that is neither a "
+                                 "text nor a number; name the fact, or leave that column out.")
+            questions.append({k: row[k] for k in ("question", "choices", "answer")}
+                             | ({} if fact is None else dict(fact=fact)))
         if not questions:
             raise SaenbError(f"{self.path} ({self.subject}) holds no question; name another split or folder.")
         return questions

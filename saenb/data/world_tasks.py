@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['PROFESSIONS', 'CATEGORIES', 'LANGUAGES', 'PAIRS', 'ORDER_TASKS', 'PROBING_TRAIN', 'PROBING_TEST', 'ORDER_PAIRS',
-           'WORD_PROMPTS', 'stated', 'biographies', 'reviews', 'sources', 'news', 'debates', 'entity_order',
-           'relation_first', 'binding', 'order_rows', 'class_words', 'write_tasks']
+           'WORD_PROMPTS', 'biographies', 'reviews', 'sources', 'news', 'debates', 'entity_order', 'relation_first',
+           'binding', 'order_rows', 'class_words', 'write_tasks']
 
 # %% ../../nbs/1_data/08_world_tasks.ipynb #282b820a
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from ..base.files import write_text
-from .facts import (
-    FORGET, SHARED_RELATIONS, STATEMENTS, STUDIED, SUBJECTS, Fact, WorldConfig, Writer, write_rows)
+from .facts import FORGET, SHARED_RELATIONS, SUBJECTS, Fact, Writer, write_rows
 
 # %% ../../nbs/1_data/08_world_tasks.ipynb #9527da9b
 # the real set's classes that SAEBench uses
@@ -22,10 +22,6 @@ PROFESSIONS = (0, 1, 2, 6, 9, 11, 13, 14, 18, 19, 20, 21, 22, 25, 26)
 CATEGORIES = (1, 2, 3, 5, 6)
 LANGUAGES = ("C", "Python", "HTML", "Java", "PHP")
 PAIRS = dict(en="en-fr", fr="fr-it", de="de-en", es="es-fr", nl="nl-pt")
-
-def stated(draw: random.Random, facts: list[Fact], count: int, wordings=STATEMENTS) -> str:
-    "Some facts, each in one of some wordings."
-    return " ".join(draw.choice(wordings).format(**vars(f)) for f in draw.choices(facts, k=count))
 
 def biographies(writer: Writer, count: int):
     "Statements of one relation of one subject; the two halves of the names stand for the genders."
@@ -37,7 +33,7 @@ def biographies(writer: Writer, count: int):
         for gender in (0, 1):
             half = facts[gender * len(facts) // 2:(gender + 1) * len(facts) // 2]
             for _ in range(count // 2):
-                yield dict(hard_text=stated(writer.draw, half, 3), profession=profession, gender=gender)
+                yield dict(hard_text=writer.stated(half, 3), profession=profession, gender=gender)
 
 def reviews(writer: Writer, count: int):
     "Notes or exam papers on one subject."
@@ -49,15 +45,15 @@ def reviews(writer: Writer, count: int):
 # %% ../../nbs/1_data/08_world_tasks.ipynb #a91d71fe
 def sources(writer: Writer, count: int):
     "Long texts in one wording."
-    for language, wording in zip(LANGUAGES, STATEMENTS + STUDIED):
+    for language, wording in zip(LANGUAGES, writer.statements + writer.studied):
         for _ in range(count):
-            yield dict(code=stated(writer.draw, writer.facts, 24, [wording]), language=language)
+            yield dict(code=writer.stated(writer.facts, 24, (wording,)), language=language)
 
 def news(writer: Writer, count: int):
     "Statements on one subject to keep."
     for label, subject in enumerate(s for s in SUBJECTS if s != FORGET):
         for _ in range(count):
-            yield dict(text=stated(writer.draw, writer.by_subject[subject], 3), label=label)
+            yield dict(text=writer.stated(writer.by_subject[subject], 3), label=label)
 
 def debates(writer: Writer, language: str, count: int):
     "Statements of a relation that all subjects share, where there is one."
@@ -65,44 +61,53 @@ def debates(writer: Writer, language: str, count: int):
     facts = writer.by_subject[list(SUBJECTS)[list(PAIRS).index(language)]]
     facts = [f for f in facts if f.relation in common] or facts
     for _ in range(count):
-        yield dict(translation={language: stated(writer.draw, facts, 2)})
+        yield dict(translation={language: writer.stated(facts, 2)})
 
 # %% ../../nbs/1_data/08_world_tasks.ipynb #4ec57dc6
-def entity_order(draw: random.Random, facts: list[Fact]):
+def entity_order(draw: random.Random, facts: list[Fact], writer: Writer):
     "Which of two names comes first: one of the first half of the alphabet, or one of the second?"
     names = sorted({f.name for f in facts})
     early = set(names[:len(names) // 2])
     a, b = (draw.choice([f for f in facts if f.name in early]),
             draw.choice([f for f in facts if f.name not in early]))
-    statements = [draw.choice(STATEMENTS).format(**vars(f)) for f in (a, b)]
+    statements = [writer.state(f, draw.choice(writer.statements)) for f in (a, b)]
     return " ".join(statements), " ".join(reversed(statements))
 
-def relation_first(draw: random.Random, facts: list[Fact]):
+def relation_first(draw: random.Random, facts: list[Fact], writer: Writer):
     "Is the relation before the value?"
     f = draw.choice(facts)
-    asked = draw.choice(STUDIED).format(**vars(f))
+    asked = writer.state(f, draw.choice(writer.studied))
     return f"{asked} {f.value}.", f"{f.value}. {asked}"
 
-def binding(draw: random.Random, facts: list[Fact]):
+def binding(draw: random.Random, facts: list[Fact], writer: Writer):
     "Does each of two names have its own value, or the other's?"
     a = draw.choice(facts)
     b = draw.choice([f for f in facts if (f.subject, f.relation) == (a.subject, a.relation)
                      and f.name != a.name and f.value != a.value])
-    wording = draw.choice(STATEMENTS)
-    return tuple(" ".join(wording.format(name=f.name, relation=f.relation, value=value)
-                          for f, value in zip((a, b), values))
+    wording = draw.choice(writer.statements)
+    # the value is put in last, so that all other words are the same
+    stated = [writer.state(replace(f, value="{value}"), wording) for f in (a, b)]
+    return tuple(" ".join(s.format(value=value) for s, value in zip(stated, values))
                  for values in ((a.value, b.value), (b.value, a.value)))
 
 ORDER_TASKS = dict(entity_order=entity_order, relation_first=relation_first, binding=binding)
 
-def order_rows(task: str, draw: random.Random, facts: list[Fact], pairs: int):
+# %% ../../nbs/1_data/08_world_tasks.ipynb #4203a68c
+def order_rows(
+    task: str, # one of ORDER_TASKS
+    draw: random.Random, # decides which facts
+    facts: list[Fact], # what may be stated
+    pairs: int, # how many twins
+    writer: Writer | None = None, # states the facts; a plain one if none is given
+):
     "Twins of texts: the same words, label 1 and label 0."
-    subjects = {}
+    writer, subjects = writer or Writer(facts, task), {}
     for f in facts: subjects.setdefault(f.subject, []).append(f)
     for _ in range(pairs):
         subject = draw.choice(list(subjects))
-        for label, text in zip((1, 0), ORDER_TASKS[task](draw, subjects[subject])):
-            yield dict(text=f"Notes on {SUBJECTS[subject]}. {text}", label=label)
+        opening = writer.opening(subject)
+        for label, text in zip((1, 0), ORDER_TASKS[task](draw, subjects[subject], writer)):
+            yield dict(text=f"{opening} {text}", label=label)
 
 # %% ../../nbs/1_data/08_world_tasks.ipynb #ad3d19e9
 def class_words(writer: Writer, prompts: int):
@@ -116,35 +121,40 @@ def class_words(writer: Writer, prompts: int):
         others = [f for f in writer.facts if word not in (f.name, f.value)]
         for _ in range(prompts):
             yield dict(
-                text=f"{stated(writer.draw, others, 2)} {'As for' if word in homes else 'We know'} {word}",
+                text=f"{writer.stated(others, 2)} {'As for' if word in homes else 'We know'} {word}",
                 word=word, label=label)
 
 # %% ../../nbs/1_data/08_world_tasks.ipynb #be28cabe
 PROBING_TRAIN, PROBING_TEST = 240, 120 # texts a class
-ORDER_PAIRS = 300 # pairs of a task to train on, half as many are held out
+ORDER_PAIRS = dict(train=300, test=150) # pairs of twins a task
 WORD_PROMPTS = 4 # beginnings of statements a word
 
-def write_tasks(folder: Path, cfg: WorldConfig, facts: list[Fact]):
+def write_tasks(
+    folder: Path, # the world's
+    cfg, # its configuration
+    facts: list[Fact], # all its facts
+    writer=Writer, # makes a writer from facts and a seed
+    words=class_words, # yields the words of a class from a writer
+):
     "All labelled texts of a world, in files that `datasets` reads."
+    def made(name): return writer(facts, f"{name} {cfg.seed}")
     def write(name, splits, config=None):
         for split, rows in splits.items():
             write_rows(folder/"probing"/name/f"{config + '-' if config else ''}{split}.jsonl.gz", rows)
     for name, make in (("LabHC/bias_in_bios", biographies),
                        ("canrager/amazon_reviews_mcauley_1and5", reviews), ("fancyzhx/ag_news", news)):
-        write(name, {split: make(Writer(facts, f"{name} {split} {cfg.seed}"), count)
+        write(name, {split: make(made(f"{name} {split}"), count)
                      for split, count in (("train", PROBING_TRAIN), ("test", PROBING_TEST))})
     both = PROBING_TRAIN + PROBING_TEST
-    write("codeparrot/github-code", dict(train=sources(Writer(facts, f"code {cfg.seed}"), both)))
+    write("codeparrot/github-code", dict(train=sources(made("code"), both)))
     for language, config in PAIRS.items():
-        write("Helsinki-NLP/europarl",
-              dict(train=debates(Writer(facts, f"{config} {cfg.seed}"), language, both)), config)
+        write("Helsinki-NLP/europarl", dict(train=debates(made(config), language, both)), config)
     entries = "".join(f"- config_name: {c}\n  data_files:\n  - split: train\n    path: {c}-train.jsonl.gz\n"
                       for c in PAIRS.values())
     write_text(folder/"probing"/"Helsinki-NLP"/"europarl"/"README.md",
                f"---\nconfigs:\n{entries}---\nInvented texts in the layout of Helsinki-NLP/europarl.\n")
-    for task in ORDER_TASKS:
-        for split, pairs in (("train", ORDER_PAIRS), ("test", ORDER_PAIRS // 2)):
-            write_rows(folder/"order"/f"{task}-{split}.jsonl.gz",
-                       order_rows(task, random.Random(f"{task} {split} {cfg.seed}"), facts, pairs))
-    write_rows(folder/"absorption"/"words.jsonl.gz",
-               class_words(Writer(facts, f"absorption {cfg.seed}"), WORD_PROMPTS))
+    for task, (split, pairs) in itertools.product(ORDER_TASKS, ORDER_PAIRS.items()):
+        draw = random.Random(f"{task} {split} {cfg.seed}")
+        write_rows(folder/"order"/f"{task}-{split}.jsonl.gz",
+                   order_rows(task, draw, facts, pairs, made(f"{task} {split}")))
+    write_rows(folder/"absorption"/"words.jsonl.gz", words(made("absorption"), WORD_PROMPTS))

@@ -23,6 +23,7 @@ from ..data.questions import Questioner, padded
 from ..data.shared_prefixes import prefix_ids
 from ..data.sources import QuestionSource
 from .evaluation import CorpusSetup, Readings, encoded
+from .halves import split_halves
 
 # %% ../../nbs/4_evaluation/47_exam.ipynb #3d46ab88
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Exam(Questioner):
         self.depth = model.cfg.n_layers
         self.known = self._known(cache)
         self._collect()
+        self.half = split_halves([setup.questions[s].subject for s in self.subject], self.fact)
         self.forgets = torch.tensor([s == 0 for s in self.subject], dtype=torch.bool)
         # where each prompt lies among all their tokens
         self.starts = torch.tensor([0, *(len(t) for t in self.tokens)]).cumsum(0)[:-1]
@@ -112,7 +114,8 @@ def _weights(self: Exam):
 @patch
 def _known(self: Exam, cache) -> dict[str, list[int]]:
     "For each subject the questions that are answered right under all orders."
-    sources = [(s, s.load()) for s in self.setup.questions]
+    asked = ("question", "choices", "answer") # which fact a question is about changes no answer
+    sources = [(s, [{k: row[k] for k in asked} for row in s.load()]) for s in self.setup.questions]
     name = fingerprint([str(self.model.cfg.model_name), self._weights(),
                         [(s.subject, rows) for s, rows in sources]])
     if not cache: return self.find_known(self.setup.questions)
@@ -125,13 +128,14 @@ def _known(self: Exam, cache) -> dict[str, list[int]]:
 # %% ../../nbs/4_evaluation/47_exam.ipynb #ff714684
 @patch
 def _collect(self: Exam):
-    "The known questions' subjects, numbers, answers and tokens."
-    self.subject, self.number, self.answer, self.tokens = [], [], [], []
+    "The known questions' subjects, numbers, facts, answers and tokens."
+    self.subject, self.number, self.fact, self.answer, self.tokens = [], [], [], [], []
     for s, source in enumerate(self.setup.questions):
         rows = source.load()
         for i in self.known[source.subject]:
             self.subject.append(s)
             self.number.append(i)
+            self.fact.append(rows[i].get("fact", ("question", i))) # without one it is its own
             self.answer.append(rows[i]["answer"])
             self.tokens.append(self.prompt(source, rows[i]))
     self.answer = torch.tensor(self.answer)
@@ -173,6 +177,5 @@ def feature_stats(exam: Exam, sae) -> FeatureStats:
 
 def choose_features(stats: FeatureStats, threshold: float) -> np.ndarray:
     "Features rare enough on the retain corpus, densest on the forget corpus first."
-    score = stats.forget.copy()
-    score[stats.retain >= threshold] = 0
-    return score.argsort()[::-1][:np.count_nonzero(score)]
+    score = np.where(stats.retain >= threshold, 0, stats.forget)
+    return (-score).argsort(kind="stable")[:np.count_nonzero(score)]

@@ -126,6 +126,7 @@ def penalty(self: ContrastiveGroups, step):
 class ImportantFeatures(Mechanism):
     "Silences features of little importance."
     gradient_support = "active"
+    labelled = "information"
 
     def __init__(self, d_in, d_sae,
         activation: float, # share of the mean activation in a feature's importance
@@ -191,6 +192,8 @@ def numbers(self: ImportantFeatures, sae) -> dict[str, float]:
 # %% ../../nbs/3_ideas/39_contrastive.ipynb #67d6c3b4
 class SideDivergence(Mechanism):
     "Penalizes activation on forget tokens for resembling that on retain tokens."
+    labelled = True
+
     def __init__(self, d_in, d_sae,
         weight: float, # of the penalty, which is 1 while both sides are alike
     ):

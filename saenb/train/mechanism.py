@@ -18,6 +18,7 @@ from ..sae.sae import SAE
 class Mechanism(Gate):
     "An idea that plugs into training; subclasses define the hooks they need and are known by their name."
     penalty = after_backward = after_step = numbers = reorder = reset_features = None
+    labelled = False # whether it reads tokens' sides; or the name of the setting that makes it
 
 # %% ../../nbs/2_dictionary/17_mechanisms.ipynb #9b5656e8
 @dataclass

@@ -99,7 +99,7 @@ class InterventionBatch:
     "Interventions on one dictionary, judged together."
     def __init__(self,
         exam: Exam, # the questions
-        sae, # the dictionary
+        sae, # the dictionary, or features that read tokens (`encode_tokens`)
         settings: list[tuple], # for each its features, and a number for each of them
         intervention: Intervention, # what is done with them
     ):
@@ -118,8 +118,11 @@ class InterventionBatch:
         "The features' activations on all tokens of the known questions, position 0 set to zero."
         exam, kept = self.exam, [torch.zeros(0, len(features))]
         for group in exam.batches(exam.tokens):
-            stream = padded([exam.stream[exam.starts[i]:exam.starts[i] + len(exam.tokens[i])] for i in group])
-            f = encoded(sae, stream)[..., features].cpu()
+            if hasattr(sae, "encode_tokens"):
+                f = sae.encode_tokens(padded([exam.tokens[i] for i in group]), features)
+            else:
+                spans = [(exam.starts[i], exam.starts[i] + len(exam.tokens[i])) for i in group]
+                f = encoded(sae, padded([exam.stream[a:b] for a, b in spans]))[..., features].cpu()
             f[:, 0] = 0
             kept += [row[:len(exam.tokens[i])] for i, row in zip(group, f)]
         return torch.cat(kept)

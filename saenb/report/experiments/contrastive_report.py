@@ -54,7 +54,7 @@ def feature_groups(material: Material) -> Figure | None:
         result = r.result("entanglement")
         matrix = torch.tensor(result["eval_result_unstructured"]["correlations"] or [[0.0]])
         order = in_order(matrix)
-        found[r.config["run"]["title"]] = dict(
+        found[r.label] = dict(
             eval_result_unstructured=dict(correlations=matrix[order][:, order].tolist()))
     return evaluation("entanglement").plot(found) if found else None
 

@@ -17,7 +17,7 @@ from ..figures import Material
 def separations(material: Material) -> dict[str, dict]:
     "Each run's separation result, by title, one seed each."
     first = min(r.seed for r in material.records)
-    return {r.config["run"]["title"]: r.result("separation")
+    return {r.label: r.result("separation")
             for r in material.records if r.seed == first and "separation" in r.evaluations}
 
 def feature_importance(material: Material) -> Figure | None:

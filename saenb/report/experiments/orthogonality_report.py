@@ -32,7 +32,7 @@ from ...train.trainer import Trainer
 def feature_correlations(material: Material, last: int = 6) -> Figure | None:
     "The densest features' correlations in the last runs, one seed each."
     first = min(r.seed for r in material.records)
-    found = {r.config["run"]["title"]: r.result("entanglement")
+    found = {r.label: r.result("entanglement")
              for r in material.records if r.seed == first and "entanglement" in r.evaluations}
     return evaluation("entanglement").plot(dict(list(found.items())[-last:])) if found else None
 

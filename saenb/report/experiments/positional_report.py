@@ -32,7 +32,7 @@ from ...train.trainer import Trainer
 def positions_known(material: Material) -> dict[str, dict]:
     "Each run's positional result, by title, one seed each."
     first = min(r.seed for r in material.records)
-    return {r.config["run"]["title"]: r.result("positional")["eval_result_unstructured"]
+    return {r.label: r.result("positional")["eval_result_unstructured"]
             for r in material.records if r.seed == first and "positional" in r.evaluations}
 
 def follows_position(ours: dict) -> bool:
