@@ -90,7 +90,8 @@ def link(text, pages, targets, top):
 def toctree(names):
     """Return the cell that lists the pages: part by part, each in the order of its numbers."""
     parts = {}
-    for name in sorted(names - {"index"}): parts.setdefault(os.path.dirname(name), []).append(name)
+    def place(name): return [int(digits or -1) for digits in re.findall(r"(?:^|/)(\d*)", name)], name
+    for name in sorted(names - {"index"}, key=place): parts.setdefault(os.path.dirname(name), []).append(name)
     def caption(part): return re.sub(r"^\d+_", "", part).replace("_", " ").capitalize() or "Pages"
     return nbformat.v4.new_markdown_cell("\n\n".join(
         f"```{{toctree}}\n:hidden:\n:caption: {caption(part)}\n\n" + "\n".join(members) + "\n```"

@@ -5,7 +5,7 @@ import nbformat
 
 from conftest import ROOT
 
-PAGES = [p.relative_to(ROOT/"nbs").as_posix() for p in sorted((ROOT/"nbs").rglob("[0-9][0-9]_*.ipynb")) if not any(part.startswith((".", "_")) for part in p.parts[len(ROOT.parts):])]
+PAGES = [p.relative_to(ROOT/"nbs").as_posix() for p in sorted((ROOT/"nbs").rglob("[0-9][0-9]*_*.ipynb")) if not any(part.startswith((".", "_")) for part in p.parts[len(ROOT.parts):])]
 
 
 def book():
@@ -20,7 +20,7 @@ def test_every_page_is_in_the_index():
 
 
 def test_numbers_are_unique_and_consecutive():
-    assert [int(page.rpartition("/")[2][:2]) for page in sorted(PAGES, key=lambda p: p.rpartition("/")[2])] == list(range(1, len(PAGES) + 1))
+    assert sorted(int(re.match(r"\d+", page.rpartition("/")[2])[0]) for page in PAGES) == list(range(1, len(PAGES) + 1))
 
 
 def test_the_parts_are_in_order():

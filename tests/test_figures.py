@@ -57,7 +57,7 @@ def test_thresholds_are_those_of_the_runs(tmp_path):
 def test_parts_switched_off_stand_beside_the_whole():
     material = Material(KEPT, "contrastive")
     names = [label.get_text().replace("\n", " ") for label in switched_off(material).axes[0].get_xticklabels()]
-    assert names == ["Baseline SAE", "Adaptive Selection", "Adaptive Selection without SideDivergence", "Hierarchical + MI", "Hierarchical + MI without SideDivergence"]
+    assert names == ["Baseline SAE", "Adaptive Selection †", "Adaptive Selection without SideDivergence", "Hierarchical + MI †", "Hierarchical + MI † without SideDivergence"]
     assert switched_off(Material(KEPT, "orthogonality")) is None # of which nothing was switched off
 
 
@@ -68,14 +68,14 @@ def test_the_end_of_the_log_as_a_table():
     assert lines[0] == "| run | groups | pruned |" and len(lines) == 2 + 4
     wanted = sum(r.log[-1]["ContrastiveGroups.groups"] for r in material.of(3)) / 3
     title, groups, pruned = lines[4].strip("| ").split(" | ")
-    assert title == "Adaptive Selection" and float(groups) == round(wanted, 1) and 0 < float(pruned) <= 0.1
+    assert title == "Adaptive Selection †" and float(groups) == round(wanted, 1) and 0 < float(pruned) <= 0.1
     assert lines[2].endswith("|  |") # nothing is pruned in the first run
 
 
 def test_importance_is_drawn_for_the_baseline_and_the_last_run():
     material = Material(KEPT, "dual_objective")
     figure = feature_importance(material)
-    assert [ax.get_title() for ax in figure.axes] == ["Baseline SAE", "Per-Feature Attention"]
+    assert [ax.get_title() for ax in figure.axes] == ["Baseline SAE †", "Per-Feature Attention †"]
     for ax, number in zip(figure.axes, (0, 5)):
         drawn = {patch.get_label(): sum(patch.get_data().values) for patch in ax.patches}
         assert drawn == {side: sum(material.of(number)[0].result("separation")["eval_result_unstructured"]["importance"][side]) for side in ("retain", "forget")}
@@ -147,7 +147,7 @@ def test_all_runs_stand_beside_their_baselines_and_the_controls(tmp_path):
             assert title in titles
             drawn = {line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"}
             assert any(abs(sum(r.unlearning["score"] for r in records) / len(records) - x) < 1e-9 for x in drawn)
-    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"ceiling", "principal components", "untrained"}
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"supervised reference", "principal components", "untrained", "single words", "bag of 16 words", "matched random features"}
     positional_record(tmp_path, 0)
     assert everything(tmp_path) is None # one experiment has figures of its own
 

@@ -38,7 +38,7 @@ def test_numbers_are_those_of_the_records():
         mine, other = ([r.unlearning[measure] for r in them] for them in (records, base))
         low, high = ttest_rel(mine, other).confidence_interval(0.95)
         assert f"{measure} {np.mean(np.subtract(mine, other)):+.3f} ({low:+.3f} to {high:+.3f})" in section
-    assert ("It helps: score" in section and "It builds on run 2." in section
+    assert ("it is above the baseline: score" in section and "It builds on run 2." in section
             and "Beside run 2, which it builds on: " in section)
     assert ("SideDivergence resemblance "
             f"{np.mean([r.log[-1]['SideDivergence.resemblance'] for r in records]):.3g}" in section)

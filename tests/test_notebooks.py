@@ -44,7 +44,7 @@ def copy(tmp_path_factory, baseline_made):
 
 
 def test_there_are_notebooks():
-    assert {"index.ipynb", "01_tour.ipynb", "66_runner.ipynb", "79_cli.ipynb", "85_errors.ipynb"} <= {p.name for p in NOTEBOOKS}
+    assert {"index.ipynb", "01_tour.ipynb", "75_runner.ipynb", "88_cli.ipynb", "94_errors.ipynb"} <= {p.name for p in NOTEBOOKS}
 
 
 def test_no_two_notebooks_share_a_page():
