@@ -202,7 +202,7 @@ def test_the_standin_goes_all_the_way(saenb, standin, tmp_path):
     for folder in made["records"]:
         info = json.loads((tmp_path/folder/"final_info.json").read_text())
         assert (info["training_steps"] == 20 and info["layer"] == 19 and info["preset"] == "standin"
-                and len(info["headlines"]) == 7)
+                and len(info["headlines"]) == 8)
         assert {p.stem for p in (tmp_path/folder/"evals").glob("*.json")} == {
             "unlearning", "sparse_probing", "core", "absorption", "positional", "separation", "entanglement"}
     known = json.loads(next((tmp_path/"runs"/"standin"/"cache").glob("known_*.json")).read_text())["known"]

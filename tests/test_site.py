@@ -100,9 +100,7 @@ def test_every_page_opens_wide_and_narrow(opened, site, pages):
 @needs_browser
 def test_the_search_finds_offline(opened, site):
     opened.goto((site/"search.html").as_uri() + "?q=clamp")
-    opened.wait_for_selector("#search-results li a")
-    found = opened.eval_on_selector_all("#search-results li a", "links => links.map(a => a.href)")
-    assert any("unlearning" in link for link in found)
+    opened.wait_for_selector("#search-results li a[href*=unlearning]") # results come one by one
     opened.click("#search-results li a")
     assert "clamp" in opened.inner_text("main").lower()
 

@@ -46,8 +46,9 @@ def linear_probe(x: torch.Tensor, y: torch.Tensor, ridge: float = 1e-3) -> tuple
 # %% ../../nbs/4_evaluation/58_contextual_reference.ipynb #d64c1614
 def question_stream(exam: Exam, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     "The stream behind the headers of one half's known questions, and which of it is on the forget side."
-    begins = [len(exam.model.tokenizer(question_prompt(s.spoken, "", [], exam.chat).split(
-        "\n" + exam.chat[1])[0], add_special_tokens=False)["input_ids"]) for s in exam.setup.questions]
+    ends = exam.chat[1] + "Answer: ("
+    headers = [question_prompt(s.spoken, "", [], exam.chat).removesuffix(ends) for s in exam.setup.questions]
+    begins = [len(ids) for ids in exam.model.tokenizer(headers, add_special_tokens=False)["input_ids"]]
     spans = [(int(exam.starts[i]), begins[exam.subject[i]], len(exam.tokens[i]))
              for i in range(len(exam.tokens)) if exam.half[i] == half]
     side = [exam.forgets[i] for i in range(len(exam.tokens)) if exam.half[i] == half]

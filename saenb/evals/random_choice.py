@@ -91,12 +91,11 @@ def plot(named: dict[str, dict]) -> Figure:
 
 # %% ../../nbs/4_evaluation/57_random_choice.ipynb #eef6c189
 def setup_of(given: Materials) -> RandomChoiceSetup:
-    "The setup of a preset: the unlearning evaluation's, with fewer draws where budgets are quick."
+    "The setup of a preset: the unlearning evaluation's."
     asked = make_setup(given)
-    return RandomChoiceSetup(**{f.name: getattr(asked, f.name) for f in fields(asked)},
-                             draws=1 if given.quick else 3)
+    return RandomChoiceSetup(**{f.name: getattr(asked, f.name) for f in fields(asked)})
 
 RANDOM_CHOICE = Evaluation(
     "random_choice", "would features drawn at random among those that pass do as well", RandomChoiceSetup,
     evaluate, headline, table, plot, setup_of,
-    {f"{name}?": [float] for name in MEASURES}, reads="exam", quick=True, rank=2)
+    {f"{name}?": [float] for name in MEASURES}, reads="exam", rank=2)
