@@ -204,7 +204,8 @@ def test_the_standin_goes_all_the_way(saenb, standin, tmp_path):
         assert (info["training_steps"] == 20 and info["layer"] == 19 and info["preset"] == "standin"
                 and len(info["headlines"]) == 8)
         assert {p.stem for p in (tmp_path/folder/"evals").glob("*.json")} == {
-            "unlearning", "sparse_probing", "core", "absorption", "positional", "separation", "entanglement"}
+            "unlearning", "random_choice", "sparse_probing", "core", "absorption", "positional", "separation",
+            "entanglement"}
     known = json.loads(next((tmp_path/"runs"/"standin"/"cache").glob("known_*.json")).read_text())["known"]
     assert known["wmdp-bio"] and known["human_aging"]
     again = saenb("reproduce", "contrastive", "--preset", standin, "--json")
