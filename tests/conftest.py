@@ -19,7 +19,7 @@ needs_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no browser: on
 
 
 # The slowest notebooks: workers run them first, so that none is left with one when the others have ended.
-SLOW = ("world", "controls", "unlearning", "runner", "separation", "contrastive", "training", "extend_preset", "entanglement", "position",
+SLOW = ("world", "controls", "random_choice", "unlearning", "contextual_reference", "instrument", "cue_model", "runner", "separation", "contrastive", "training", "extend_preset", "entanglement", "position",
         "positional_results", "architectures", "orthogonality", "absorption", "explorer", "reconstruction", "extend_mechanism",
         "extend_architecture", "extend_evaluation", "extend_intervention", "sparse_probing", "routing", "dual_objective")
 
