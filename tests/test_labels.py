@@ -23,7 +23,7 @@ def test_a_run_that_is_not_marked_never_reads_a_side(id, fresh, store, monkeypat
     """Training with sides that cannot be read: whatever asks for them fails, and only marked runs ask."""
     read = []
     monkeypatch.setattr(Step, "side", property(lambda step: read.append(1) or step.batch.side))
-    run, sae = all_runs()[id], fresh(d_sae=32)
+    run, sae = all_runs()[id], fresh(d_sae=64)
     torch.manual_seed(0)
     mechanisms = [make_mechanism(name, settings, sae.cfg) for name, settings in run.mechanisms]
     Trainer(sae, store, mechanisms, TrainConfig(steps=2, batch=64, **run.training)).fit(progress=False)
