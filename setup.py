@@ -1,14 +1,25 @@
 """Packaging, from settings.ini: the file that nbdev reads too."""
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 settings = ConfigParser()
 settings.read(root / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 readme = root / "README.md"
+# nbdev looks symbols up in this index when it links `names` in the prose; only whoever edits the notebooks needs it
+EDITABLE, INDEX = {"develop", "editable_wheel"} & set(sys.argv), "_modidx"
+
+
+class Modules(build_py):
+    "Leaves the index out of a wheel."
+    def find_package_modules(self, package, package_dir):
+        return [m for m in super().find_package_modules(package, package_dir) if EDITABLE or m[1] != INDEX]
+
 
 setup(
     name=cfg["lib_name"],
@@ -27,13 +38,13 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["saenb", "saenb.*"]),
-    package_data={"saenb": ["assets/**"]},
+    package_data={"saenb": ["assets/**", "py.typed"]},
+    cmdclass=dict(build_py=Modules),
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "tensorboard", "wandb", "ray")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "tensorboard", "wandb", "ray", "real")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
-        # nbdev looks symbols up here when it links `names` in the prose to their documentation.
-        "nbdev": ["saenb=saenb._modidx:d"],
+        **({"nbdev": [f"saenb=saenb.{INDEX}:d"]} if EDITABLE else {}),
     },
     zip_safe=False,
 )

@@ -15,6 +15,7 @@ __getattr__, __dir__ = lazily(__name__, {
     "saenb.sae.sae": ("load_sae",),
     "saenb.evals.evaluation": ("Evaluation",),
     "saenb.evals.interventions.intervention": ("Intervention",),
+    "saenb.evals.unlearned_models": ("unlearned",),
     "saenb.data.store": ("Store",),
     "saenb.data.harvest": ("harvest",),
     "saenb.data.world": ("World",),

@@ -1,11 +1,14 @@
 """What several tests need: the shipped world, a small store of its stream, a short-trained dictionary, one exam."""
+import contextlib
 import gzip
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,9 +22,9 @@ needs_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no browser: on
 
 
 # The slowest notebooks: workers run them first, so that none is left with one when the others have ended.
-SLOW = ("world", "controls", "random_choice", "unlearning", "contextual_reference", "instrument", "cue_model", "runner", "separation", "contrastive", "training", "extend_preset", "entanglement", "position",
-        "positional_results", "architectures", "orthogonality", "absorption", "explorer", "reconstruction", "extend_mechanism",
-        "extend_architecture", "extend_evaluation", "extend_intervention", "sparse_probing", "routing", "dual_objective")
+SLOW = ("world", "contextual_reference", "training", "cue_model", "contrastive", "unlearning", "sparse_probing", "runner", "positional_results", "routing",
+        "orthogonality", "instrument", "absorption", "orthogonality_results", "position", "random_choice", "controls", "separation", "extend_preset",
+        "extend_intervention", "extend_mechanism", "positional", "dual_objective", "reconstruction", "architectures", "word_lists", "entanglement", "explorer")
 
 
 def slowness(item):
@@ -77,19 +80,24 @@ def baseline_made(once):
     return once("baseline", lambda draft: run("orthogonality/0", out=draft, progress=False))
 
 
-def small_world(folder):
-    """The embedded world with a third of its questions and texts, in a folder whose name serves as a preset's; whatever is made with it goes where the whole world's would go."""
+def part_of_world(folder, parts):
+    """The embedded world with a part of its questions and texts, in a folder whose name serves as a preset's; whatever is made with it goes where the whole world's would go. `parts` says of which files one line in how many is kept."""
     from saenb.data.world import World
 
     def copy(source, target):
-        if Path(source).suffix == ".jsonl":
-            lines = Path(source).read_text().splitlines(keepends=True)
-            Path(target).write_text("".join(lines[::3]))
-        elif Path(source).name in ("train_forget.jsonl.gz", "train_retain.jsonl.gz"):
-            lines = gzip.open(source, "rt").readlines()
-            with gzip.open(target, "wt") as f: f.writelines(lines[::3])
-        else: shutil.copyfile(source, target)
+        part = next((n for ending, n in parts.items() if Path(source).name.endswith(ending)), None)
+        if part is None: return shutil.copyfile(source, target)
+        read = gzip.open if Path(source).suffix == ".gz" else open
+        with read(source, "rt") as f, read(target, "wt") as g: g.writelines(f.readlines()[::part])
     return Path(shutil.copytree(World.default().path, folder/"tiny", copy_function=copy))
+
+
+TRAINED_ON = {"train_forget.jsonl.gz": 3, "train_retain.jsonl.gz": 3} # enough for a store of two shards
+
+
+def small_world(folder):
+    """Enough to make records and to judge them quickly, and too little for what they score to mean much."""
+    return part_of_world(folder, {**TRAINED_ON, "forget.jsonl.gz": 6, "retain.jsonl.gz": 6, ".jsonl": 12})
 
 
 @pytest.fixture(scope="session")
@@ -128,9 +136,12 @@ def work(harvested, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def exam(world, model, setting, harvested):
+def exam(world, model, once):
+    """A third of the embedded world's questions, and all of its two corpora."""
     from saenb.evals.exam import Exam
-    return Exam(model, setting.exam, world.layer, cache=harvested/"tiny"/"cache")
+    from saenb.lab.preset_files import find_preset
+    third = once("third", lambda folder: part_of_world(folder, {**TRAINED_ON, ".jsonl": 3}))
+    return Exam(model, find_preset(str(third/"tiny")).exam, world.layer, cache=third/"cache")
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +219,23 @@ def saenb(tmp_path):
     def call(*arguments, cwd=tmp_path, env=None):
         return subprocess.run([sys.executable, "-m", "saenb", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
                               env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})})
+    return call
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch):
+    """The same without a process of its own, which takes most of the time: what was imported, read or asked before is there."""
+    from saenb.base.errors import warn_once
+    from saenb.cli import main
+
+    def call(*arguments):
+        warn_once.cache_clear()
+        monkeypatch.chdir(tmp_path)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try: code = main([*map(str, arguments)])
+            except SystemExit as e: code = e.code
+        return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
     return call
 
 

@@ -220,7 +220,7 @@ def killed_in_report(lab):
 def full_in_harvest(lab):
     with disk(lab, "size=3m") as out:
         lab.out("cache", at=out)
-        said = lab.call(*lab.run(out)).sentence(out, "needs 0.1 GB")
+        said = lab.call(*lab.run(out)).sentence(out, "The next shard", " MB and the disk")
         assert not list(out.rglob("*.safetensors")) and not litter(out)
     return "nothing is begun", said.last
 

@@ -166,6 +166,8 @@ warmup = 2
 [evals.unlearning]
 dataset_size = 16
 seq_len = 128
+[evals.random_choice]
+draws = 1
 [evals.core]
 dataset_size = 16
 seq_len = 128

@@ -40,12 +40,22 @@ def test_a_trie_holds_every_sequence_and_asks_for_every_node_once(rows):
     assert ends.tolist() == trie.leaves.tolist()
 
 
+@given(token_rows, st.integers(1, 3))
+def test_several_last_places_may_answer(rows, most):
+    ends = [min(len(row), most) for row in rows]
+    trie = Trie(prefix_ids([torch.tensor(r) for r in rows]), ends)
+    wanted = [trie.path[i, place].item() for i, row in enumerate(rows) for place in range(len(row) - ends[i], len(row))]
+    assert trie.leaves[trie.leaf].tolist() == wanted
+    assert torch.cat([path.gather(1, at)[here] for path, at, here in trie.last_queries()]).tolist() == trie.leaves.tolist()
+
+
 @pytest.fixture(scope="module", params=[*SHARING, "gpt2"])
 def pair(request, world, tmp_path_factory):
     """A small random model of one architecture, as we read it and as transformers does; windows are short where there are any."""
     torch.manual_seed(0)
     sizes = dict(n_embd=32, n_head=4, n_layer=DEPTH, n_positions=64) if request.param == "gpt2" else dict(
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=DEPTH, intermediate_size=48, max_position_embeddings=64, sliding_window=5)
+    if request.param == "gemma3_text": sizes["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
     config = AutoConfig.for_model(request.param, vocab_size=344, initializer_range=0.3, bos_token_id=2, eos_token_id=1, pad_token_id=0, **sizes)
     folder = tmp_path_factory.mktemp(request.param)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

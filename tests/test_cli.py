@@ -22,10 +22,12 @@ def start(*arguments, cwd, **options):
 
 def stop(process, when, how):
     """Send a signal at the moment that `when` becomes true."""
-    ends = time.time() + 150
+    ends = time.time() + 400
     while not when():
         assert process.poll() is None, "it ended before it could be stopped"
-        assert time.time() < ends, "that moment never came"
+        if time.time() > ends:
+            process.kill()
+            raise AssertionError("that moment never came")
         time.sleep(0.005)
     process.send_signal(how)
     return process.wait(60)
@@ -82,22 +84,22 @@ def test_every_run_is_listed(saenb):
     assert json.loads(saenb("runs", "--json").stdout) == json.loads(json.dumps([run.as_dict() for run in all_runs().values()]))
 
 
-def test_a_run_prints_its_record(saenb, first, small):
+def test_a_run_prints_its_record(called, first, small):
     out, printed = first
     assert printed == json.loads((out/RECORD/"final_info.json").read_text())
     assert printed["training_steps"] == 40 and printed["run"] == "orthogonality/0"
     stamps = {p: p.stat().st_mtime_ns for p in (out/RECORD).rglob("*")}
-    again = saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", out)
+    again = called("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", out)
     assert again.returncode == 0, again.stderr
     assert f"score {printed['eval_result_metrics']['unlearning']['unlearning_score']:.3f}" in again.stdout and str(out/RECORD/"notes.md") in again.stdout
     assert {p: p.stat().st_mtime_ns for p in (out/RECORD).rglob("*")} == stamps
 
 
-def test_a_dictionary_is_judged_once(saenb, first, sae, small):
+def test_a_dictionary_is_judged_once(called, first, sae, small):
     kept = sae/"evals"/"unlearning.json"
     results, stamps = [], []
     for flags in ([], [], ["--force"]):
-        done = saenb("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json", *flags)
+        done = called("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json", *flags)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout)["unlearning"])
         stamps.append(kept.stat().st_mtime_ns)
@@ -106,57 +108,57 @@ def test_a_dictionary_is_judged_once(saenb, first, sae, small):
     assert results[2]["datetime_epoch_millis"] > results[1]["datetime_epoch_millis"]
     scores = [r["eval_result_metrics"]["unlearning"]["unlearning_score"] for r in results]
     assert scores[0] == scores[2] == first[1]["eval_result_metrics"]["unlearning"]["unlearning_score"]
-    shown = saenb("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0]).stdout
+    shown = called("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0]).stdout
     assert f"{scores[0]:.4g}" in next(line for line in shown.splitlines() if line.startswith("score"))
     assert (sae/"evals"/"unlearning.txt").read_text().strip() in shown and (sae/"evals"/"unlearning.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_several_evaluations_at_once(saenb, first, sae, small):
-    done = saenb("eval", sae, "--preset", small, "--evals", "core,separation,absorption", "--out", first[0], "--json")
+def test_several_evaluations_at_once(called, first, sae, small):
+    done = called("eval", sae, "--preset", small, "--evals", "core,separation,absorption", "--out", first[0], "--json")
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert list(results) == ["core", "separation", "absorption"]
     assert {p.stem for p in (sae/"evals").glob("*.json")} >= set(results)
 
 
-def test_a_records_dictionary_is_judged_into_the_record(saenb, first, small):
+def test_a_records_dictionary_is_judged_into_the_record(saenb, called, first, small):
     stamps = {p: p.stat().st_mtime_ns for p in (first[0]/RECORD).rglob("*.json")}
-    for place in (first[0]/RECORD, first[0]/RECORD/"sae"):
-        done = saenb("eval", place, "--preset", small, "--evals", "core", "--out", first[0], "--json")
+    for call, place in ((saenb, first[0]/RECORD), (called, first[0]/RECORD/"sae")):
+        done = call("eval", place, "--preset", small, "--evals", "core", "--out", first[0], "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["core"] == json.loads((first[0]/RECORD/"evals"/"core.json").read_text())
     assert {p: p.stat().st_mtime_ns for p in (first[0]/RECORD).rglob("*.json")} == stamps # found, not made again
 
 
-def test_another_dictionary_in_the_same_folder_is_judged_anew(saenb, first, sae, small):
+def test_another_dictionary_in_the_same_folder_is_judged_anew(called, first, sae, small):
     from saenb.evals.controls import as_logged
     from saenb.sae.sae import load_sae
-    before = json.loads(saenb("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
+    before = json.loads(called("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
     other = as_logged(load_sae(sae).cfg)
     other.save(sae)
-    after = json.loads(saenb("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
+    after = json.loads(called("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]
     assert before["eval_result_unstructured"]["alive"] > 0 == after["eval_result_unstructured"]["alive"]
 
 
-def test_an_autopsy_tells_an_untrained_dictionary(saenb, beside, small):
-    done = saenb("run", "orthogonality/0", "--preset", small, "--steps", 0, "--out", beside, "--json")
+def test_an_autopsy_tells_an_untrained_dictionary(called, beside, small):
+    done = called("run", "orthogonality/0", "--preset", small, "--steps", 0, "--out", beside, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["training_steps"] == 0
-    found = json.loads(saenb("autopsy", beside/RECORD/"sae", "--preset", small, "--out", beside, "--json").stdout)
+    found = json.loads(called("autopsy", beside/RECORD/"sae", "--preset", small, "--out", beside, "--json").stdout)
     assert (found["score"], found["reason"], found["counts"]["training_steps"]) == (0.0, "no training step was taken", 0)
 
 
-def test_an_autopsy_in_words(saenb, first, sae, small):
-    done = saenb("autopsy", sae, "--preset", small, "--out", first[0])
+def test_an_autopsy_in_words(called, first, sae, small):
+    done = called("autopsy", sae, "--preset", small, "--out", first[0])
     assert done.returncode == 0, done.stderr
     score = first[1]["eval_result_metrics"]["unlearning"]["unlearning_score"]
     lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"Score {score:.3f}: ") and (score == 0 or "the score is real" in lines[0])
+    assert lines[0].startswith(f"Score {score:.3f}: ") and (score == 0 or "the score is" in lines[0])
     assert "  training steps: 40" in lines
 
 
-def test_a_page_shows_every_feature(saenb, first, sae, tmp_path, small):
-    done = saenb("explore", sae, "--preset", small, "--records", first[0], "--out", tmp_path/"pages"/"features.html", "--effects", 2, "--json")
+def test_a_page_shows_every_feature(called, first, sae, tmp_path, small):
+    done = called("explore", sae, "--preset", small, "--records", first[0], "--out", tmp_path/"pages"/"features.html", "--effects", 2, "--json")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert made["page"] == str(tmp_path/"pages"/"features.html") and made["features"] == 768
@@ -164,16 +166,16 @@ def test_a_page_shows_every_feature(saenb, first, sae, tmp_path, small):
     assert "<title>Features of orthogonality/0</title>" in text and '"features": 768' in text
 
 
-def test_figures_are_drawn_from_records(saenb, first, tmp_path):
-    done = saenb("figures", "--out", first[0], "--figures", tmp_path/"figures", "--json")
+def test_figures_are_drawn_from_records(called, first, tmp_path):
+    done = called("figures", "--out", first[0], "--figures", tmp_path/"figures", "--json")
     assert done.returncode == 0, done.stderr
     drawn = json.loads(done.stdout)
     assert {f"{tmp_path}/figures/orthogonality/{name}.png" for name in ("unlearning_scores", "training_metrics")} <= set(drawn)
     assert sorted(drawn) == sorted(str(p) for p in (tmp_path/"figures").rglob("*") if p.is_file())
 
 
-def test_the_world_shows_itself(saenb, world):
-    assert json.loads(saenb("world", "show").stdout) == world.about
+def test_the_world_shows_itself(called, world):
+    assert json.loads(called("world", "show").stdout) == world.about
 
 
 @pytest.mark.parametrize("command, words", [
@@ -195,32 +197,32 @@ def test_the_world_shows_itself(saenb, world):
     ("frobnicate", ["frobnicate"]),
     ("", ["COMMAND"]),
 ])
-def test_bad_input_is_one_sentence(saenb, one_sentence, tmp_path, command, words):
-    done = saenb(*command.split())
+def test_bad_input_is_one_sentence(called, one_sentence, tmp_path, command, words):
+    done = called(*command.split())
     one_sentence(done, *words)
     assert done.stdout == "" and not (tmp_path/"runs").exists()
 
 
-def test_a_world_is_not_built_over_another(saenb, one_sentence, world):
-    one_sentence(saenb("world", "build", world.path), "holds a world already")
+def test_a_world_is_not_built_over_another(called, one_sentence, world):
+    one_sentence(called("world", "build", world.path), "holds a world already")
 
 
-def test_a_dictionary_of_another_width(saenb, one_sentence, first, tmp_path, small):
+def test_a_dictionary_of_another_width(called, one_sentence, first, tmp_path, small):
     from saenb.sae.sae import SAE, SAEConfig
     SAE(SAEConfig(d_in=64, d_sae=8)).save(tmp_path/"narrow")
-    one_sentence(saenb("eval", tmp_path/"narrow", "--preset", small, "--out", first[0]), "width 64", "192 wide")
+    one_sentence(called("eval", tmp_path/"narrow", "--preset", small, "--out", first[0]), "width 64", "192 wide")
     assert not (tmp_path/"narrow"/"evals").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
-def test_a_folder_that_may_not_be_written(saenb, one_sentence, tmp_path, small):
+def test_a_folder_that_may_not_be_written(called, one_sentence, tmp_path, small):
     (tmp_path/"closed").mkdir(mode=0o555)
-    one_sentence(saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", tmp_path/"closed"), "closed", "cannot be written")
+    one_sentence(called("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", tmp_path/"closed"), "closed", "cannot be written")
 
 
-def test_a_folder_that_is_a_file(saenb, one_sentence, tmp_path, small):
+def test_a_folder_that_is_a_file(called, one_sentence, tmp_path, small):
     (tmp_path/"file").write_text("not a folder")
-    one_sentence(saenb("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", tmp_path/"file"), str(tmp_path/"file"))
+    one_sentence(called("run", "orthogonality/0", "--preset", small, "--steps", 40, "--out", tmp_path/"file"), str(tmp_path/"file"))
 
 
 def test_ctrl_c_is_one_sentence(beside, tmp_path, small):
@@ -228,25 +230,36 @@ def test_ctrl_c_is_one_sentence(beside, tmp_path, small):
     process = start("run", "orthogonality/0", "--preset", small, "--steps", 100000, "--out", beside, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert stop(process, lambda: log.exists() and log.stat().st_size, signal.SIGINT) == 130
     said = process.stderr.read()
-    assert "Traceback" not in said and said.splitlines()[-1] == "saenb: Stopped; what was finished is kept, and the same command goes on from there."
+    assert "Traceback" not in said and said.splitlines()[-1].startswith("saenb: Stopped after step ") and said.endswith("and the same command goes on from there.\n")
 
 
-def test_everything_is_made_by_several_processes_and_made_once(saenb, work, small, tmp_path):
+BRIEF = """\
+import os
+from dataclasses import replace
+from saenb.lab.preset_files import find_preset
+BRIEF = replace(find_preset(os.environ["SMALL"]), name="brief", shares="tiny", recorded=("unlearning", "entanglement"), d_sae=192)
+"""
+
+
+def test_everything_is_made_by_several_processes_and_made_once(saenb, work, small, tmp_path, monkeypatch):
     """kill -9 in the middle; the same command goes on, a third call finds everything, and no process is left."""
     out = work()
-    (out/"tiny"/"controls").mkdir()
-    shutil.copy(ROOT/"runs"/"tiny-full"/"controls"/"seed_0.json", out/"tiny"/"controls") # so that they are found; making them takes a minute
-    command = ("reproduce", "contrastive", "--preset", small, "--steps", 20, "--seeds", 1, "--out", out, "--jobs", 2, "--json")
-    def finished(): return sorted(p.parent.relative_to(out/"tiny").as_posix() for p in out.rglob("final_info.json"))
+    (out/"brief"/"controls").mkdir(parents=True)
+    shutil.copy(ROOT/"runs"/"tiny-full"/"controls"/"seed_0.json", out/"brief"/"controls") # so that they are found; making them takes a minute
+    (tmp_path/"brief.py").write_text(BRIEF)
+    monkeypatch.setenv("SMALL", small)
+    command = ("--use", tmp_path/"brief.py", "reproduce", "contrastive", "--preset", "brief", "--steps", 20, "--seeds", 1, "--out", out, "--jobs", 2,
+               "--json")
+    def finished(): return sorted(p.parent.relative_to(out/"brief").as_posix() for p in out.rglob("final_info.json"))
     assert stop(start(*command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), finished, signal.SIGKILL) == -signal.SIGKILL
     before = finished()
     done = saenb(*command)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert [Path(p).relative_to(out/"tiny").as_posix() for p in made["records"]] == [f"contrastive/run_{n}/seed_0" for n in range(5)]
+    assert [Path(p).relative_to(out/"brief").as_posix() for p in made["records"]] == [f"contrastive/run_{n}/seed_0" for n in range(5)]
     assert set(before) < set(finished()) == {f"contrastive/run_{n}/seed_0" for n in range(5)}
-    assert (out/"tiny"/"contrastive"/"run_3"/"notes.md").read_text().startswith("# contrastive 3: ")
-    shown = {Path(p).relative_to(out/"tiny"/"figures").as_posix() for p in made["figures"]}
+    assert (out/"brief"/"contrastive"/"run_3"/"notes.md").read_text().startswith("# contrastive 3: ")
+    shown = {Path(p).relative_to(out/"brief"/"figures").as_posix() for p in made["figures"]}
     assert {"contrastive/unlearning_scores.png", "contrastive/feature_groups.png", "explorer/baseline.html", "explorer/best.html"} <= shown
     assert all(Path(p).stat().st_size for p in made["figures"])
     kept = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -255,6 +268,6 @@ def test_everything_is_made_by_several_processes_and_made_once(saenb, work, smal
 
 
 @pytest.mark.parametrize("option", ["--jobs", "--seeds"])
-def test_nothing_at_all_cannot_be_made(saenb, one_sentence, tmp_path, option):
-    one_sentence(saenb("reproduce", "contrastive", option, 0), f"0 {option[2:]}")
+def test_nothing_at_all_cannot_be_made(called, one_sentence, tmp_path, option):
+    one_sentence(called("reproduce", "contrastive", option, 0), f"0 {option[2:]}")
     assert not (tmp_path/"runs").exists()

@@ -143,13 +143,13 @@ MADE = dict(d_sae=64, layer=0, model="made 1", training=dict(steps=300, tokens=N
     (dict(training=dict(steps=200)), ["training steps", "200 and 300", "saenb run orthogonality/0 --preset made --seed 0 --steps 200 --out "]),
     (dict(training=dict(lr=0.01)), ["learning rate", "0.01 and 0.001"]), (dict(training=dict(balanced=True)), ["balanced batches"]),
     (dict(d_sae=128), ["width", "128 and 64"]), (dict(layer=1), ["layer"]), (dict(model="made 2"), ["model", "made 2 and made 1"])])
-def test_records_that_were_made_otherwise_are_not_compared(tmp_path, change, words, saenb, one_sentence):
+def test_records_that_were_made_otherwise_are_not_compared(tmp_path, change, words, called, one_sentence):
     made = MADE | change | dict(training=MADE["training"] | change.get("training", {}))
     record(tmp_path, "orthogonality/0", 0, 0.1, config=MADE)
     folder = record(tmp_path, "orthogonality/1", 0, 0.2, config=made)
     with pytest.raises(SaenbError) as e: compare(records_under([tmp_path]))
     assert all(word in str(e.value) for word in words) and str(e.value).endswith(".")
-    if "d_sae" in change: one_sentence(saenb("compare", folder), "width", "saenb run orthogonality/0")
+    if "d_sae" in change: one_sentence(called("compare", folder), "width", "saenb run orthogonality/0")
     # what the run, or the variant, declares to change may differ
     name = next(iter(change.get("training", change)))
     value = change.get("training", change)[name]
@@ -168,13 +168,13 @@ def test_a_setting_of_a_mechanism_is_no_condition(tmp_path):
     with pytest.raises(SaenbError, match="200 and 300"): compare(records_under([tmp_path]))
 
 
-def test_what_cannot_be_compared(root, tmp_path, saenb, one_sentence):
+def test_what_cannot_be_compared(root, tmp_path, called, one_sentence):
     with pytest.raises(SaenbError, match="no finished record in .*nowhere"): records_under([tmp_path/"nowhere"])
     lonely = record(tmp_path/"other", "positional/3", 1, 0.4)
     with pytest.raises(SaenbError, match="saenb run positional/0 --preset made --seed 1"): compare(records_under([lonely]))
-    one_sentence(saenb("compare", lonely), "no baseline", "saenb run positional/0", f"--out {tmp_path}")
+    one_sentence(called("compare", lonely), "no baseline", "saenb run positional/0", f"--out {tmp_path}")
     foreign = record(tmp_path/"other", "mine/3", 1, 0.4) # its baseline is not declared here
     with pytest.raises(SaenbError, match="declares the experiment mine") as e: compare(records_under([foreign]))
     assert "saenb run" not in str(e.value)
-    done = saenb("compare", root/"orthogonality", "--to", tmp_path/"there", "--json")
+    done = called("compare", root/"orthogonality", "--to", tmp_path/"there", "--json")
     assert done.returncode == 0 and len(json.loads(done.stdout)) == 9 and (tmp_path/"there"/"compare.csv").exists()

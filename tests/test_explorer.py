@@ -2,6 +2,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_the_nearest_write_nearly_the_same(arrays, trained):
 def test_aurocs_are_scikit_learns(arrays, exam, trained, setting):
     from sklearn.metrics import roc_auc_score
     from saenb.evals.separation import drawn
-    sample = drawn(exam.readings, setting.evals["separation"])
+    sample = drawn(exam.readings, replace(setting.evals["separation"], forget=exam.setup.forget, retain=exam.setup.retain))
     f = trained.encode(sample.stream.float(), sample.position).detach()
     for feature in (0, 17, 300): assert arrays["auroc"][feature] == pytest.approx(roc_auc_score(sample.forget[sample.row], f[:, feature]), abs=1e-5)
 

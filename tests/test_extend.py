@@ -1,5 +1,4 @@
 """What a person adds from a script of their own: in an empty folder, with nothing but the built wheel."""
-import gzip
 import hashlib
 import json
 import os
@@ -104,46 +103,14 @@ def wheel(tmp_path_factory):
     return folder/"site"
 
 
-def mini_world(folder):
-    """The embedded world with a twelfth of its questions and texts."""
-    from saenb.data.world import World
-
-    def copy(source, target):
-        source, target = Path(source), Path(target)
-        if source.suffix == ".jsonl": target.write_text("".join(source.read_text().splitlines(keepends=True)[::12]))
-        elif source.parent.name == "texts":
-            with gzip.open(source, "rt") as f, gzip.open(target, "wt") as g: g.writelines(f.readlines()[::12])
-        else: shutil.copyfile(source, target)
-    return Path(shutil.copytree(World.default().path, folder/"tiny", copy_function=copy))
-
-
-@pytest.fixture(scope="session")
-def mini(once):
-    """That world's folder, whose name serves as a preset's."""
-    return once("mini", mini_world)/"tiny"
-
-
-@pytest.fixture(scope="session")
-def made(once, mini):
-    """A folder of records that has none yet, but the store and the list of known questions."""
-    from saenb.lab.preset_files import find_preset
-    from saenb.lab.runner import exam_of, store_of
-
-    def fill(folder):
-        preset = find_preset(str(mini))
-        store_of(preset, folder)
-        exam_of(preset, folder)
-    return once("mini_runs", fill)
-
-
 @pytest.fixture
-def script(wheel, mini, made, tmp_path):
+def script(wheel, small, harvested, tmp_path):
     """Write my_ideas.py into an empty folder, and run something there that sees the wheel only."""
     def write(text):
         (tmp_path/"my_ideas.py").write_text(text)
         (tmp_path/"runs").mkdir()
-        (tmp_path/"runs"/"tiny").symlink_to(made/"tiny")
-        env = os.environ | dict(PYTHONPATH=str(wheel), WHEEL=str(wheel), WORLD=str(mini), MPLBACKEND="agg")
+        (tmp_path/"runs"/"tiny").symlink_to(harvested/"tiny")
+        env = os.environ | dict(PYTHONPATH=str(wheel), WHEEL=str(wheel), WORLD=small, MPLBACKEND="agg")
 
         def call(*arguments):
             done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, env=env)

@@ -375,12 +375,12 @@ def test_no_broken_file_is_a_traceback(copy, name, seed):
     except SaenbError: pass
 
 
-def test_the_command_line_exports(saenb, one_sentence, tmp_path):
-    done = saenb("export", FOLDERS["gated"], "--to", "saelens", "out")
+def test_the_command_line_exports(called, one_sentence, tmp_path):
+    done = called("export", FOLDERS["gated"], "--to", "saelens", "out")
     assert done.returncode == 0 and done.stdout == "SAELens loads out as jumprelu.\n", done.stderr
     gives(load_sae(tmp_path/"out"), expected("gated"))
-    one_sentence(saenb("export", FOLDERS["gated"], "--to", "saelens", "out"), "already holds a dictionary")
-    one_sentence(saenb("export", FOLDERS["gated"], "--to", "pickle", "elsewhere"), "saelens")
+    one_sentence(called("export", FOLDERS["gated"], "--to", "saelens", "out"), "already holds a dictionary")
+    one_sentence(called("export", FOLDERS["gated"], "--to", "pickle", "elsewhere"), "saelens")
 
 
 def test_what_saelens_lacks_is_said(tmp_path):

@@ -47,12 +47,12 @@ def test_only_what_a_file_says_is_changed(wrote):
 def test_one_training_length_counts(wrote):
     assert find_preset(wrote('base = "tiny"\n[training]\ntokens = 4096')).training.count() == 4
     assert find_preset(wrote('base = "gemma-2-2b"\n[training]\nsteps = 7')).training.count() == 7
-    assert find_preset(wrote('harvest_tokens = "none"')).harvest_tokens is None
+    assert find_preset(wrote('base = "gemma-2-2b"\nharvest_tokens = "none"')).harvest_tokens is None
 
 
 def test_corpora_change_wherever_they_are_read(wrote, tmp_path):
     (tmp_path/"mine.txt").write_text("A text.\n")
-    found = find_preset(wrote('[corpora]\nforget = {path = "mine.txt"}\nretain = {min_chars = 9}'))
+    found = find_preset(wrote('base = "gemma-2-2b"\n[corpora]\nforget = {path = "mine.txt"}\nretain = {min_chars = 9}'))
     for name in ("unlearning", "core", "positional", "separation", "entanglement"):
         setup, before = found.evals[name], find_preset("gemma-2-2b").evals[name]
         assert (setup.forget.path == str(tmp_path/"mine.txt") and setup.forget.side == "forget"
@@ -68,7 +68,7 @@ def test_things_are_looked_for_beside_the_file_and_in_the_folder_of_copies(wrote
     elsewhere = tmp_path/"elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    found = find_preset(wrote('model = "models/mine"\nroot = "copies"'))
+    found = find_preset(wrote('base = "gemma-2-2b"\nmodel = "models/mine"\nroot = "copies"'))
     assert (found.model, found.answer_model) == (str(tmp_path/"models/mine"),
                                                  str(tmp_path/"copies/google/gemma-2-2b-it"))
     assert {q.path for q in found.exam.questions} == {str(tmp_path/"copies/cais/wmdp"), "cais/mmlu"}
@@ -98,7 +98,6 @@ def test_things_are_looked_for_beside_the_file_and_in_the_folder_of_copies(wrote
     ('base = "gemma"', "did you mean gemma-2-2b"),
     ("base = 3", "base is '3'; it has to be a text"),
     ('root = "nothing"', "is not a folder"),
-    ('recorded = ["core"]', "lack the unlearning evaluation"),
     ('recorded = ["unlerning"]', "did you mean unlearning"),
     ("sweep = [{stepz = 3}]", "did you mean steps"),
     ("training = 3", "training is '3'; it has to be a table"),
@@ -123,21 +122,23 @@ def test_things_are_looked_for_beside_the_file_and_in_the_folder_of_copies(wrote
     ("a = " + "[" * 3000, "not readable as TOML"),
 ])
 def test_what_is_wrong_is_said_with_its_place(wrote, text, said):
+    if not text.startswith(("base", "[training", "a = ")) or text.startswith("[training]"):
+        text = f'base = "gemma-2-2b"\n{text}'
     with pytest.raises(SaenbError, match=said) as told:
         find_preset(wrote(text))
     assert (str(told.value).startswith(str(Path(wrote(text)))) and "\n" not in str(told.value)
             and str(told.value)[-1] in ".?")
 
 
-def test_a_preset_that_is_not_there_or_not_text(tmp_path, saenb, one_sentence):
+def test_a_preset_that_is_not_there_or_not_text(tmp_path, called, one_sentence):
     with pytest.raises(SaenbError, match="There is no preset in"):
         find_preset(str(tmp_path/"nothing.toml"))
     (tmp_path/"bytes.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SaenbError, match="not readable as TOML"):
         preset_from(tmp_path/"bytes.toml")
     (tmp_path/"folder.toml").mkdir()
-    one_sentence(saenb("run", "orthogonality/0", "--preset", tmp_path/"folder.toml"), "folder.toml")
-    one_sentence(saenb("reproduce", "--preset", tmp_path/"bytes.toml", "--full"), "one length only")
+    one_sentence(called("run", "orthogonality/0", "--preset", tmp_path/"folder.toml"), "folder.toml")
+    one_sentence(called("reproduce", "--preset", tmp_path/"bytes.toml", "--full"), "one length only")
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +148,12 @@ def standin(once):
     return once("standin", make)/"standin.toml"
 
 
-def test_everything_of_the_standin_is_found(saenb, standin, tmp_path):
-    done = saenb("check", "--preset", standin, "--json")
+def test_everything_of_the_standin_is_found(called, standin, tmp_path):
+    done = called("check", "--preset", standin, "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["ready"] and {n["kind"] for n in told["needs"]} == {"model", "texts", "questions",
-                                                                    "evaluation", "disk", "memory", "time"}
+    assert told["ready"] and {n["kind"] for n in told["needs"]} == {
+        "model", "texts", "questions", "evaluation", "disk", "memory", "stream", "time"}
     assert sum("probing" in n["what"] for n in told["needs"]) == 8
     assert not list(tmp_path.iterdir())
 
@@ -168,9 +169,9 @@ def changed(standin, tmp_path, extra="", without=()):
     return tmp_path/"standin.toml"
 
 
-def test_what_is_missing_is_said_before_any_work(saenb, one_sentence, standin, tmp_path):
+def test_what_is_missing_is_said_before_any_work(called, one_sentence, standin, tmp_path):
     without = ("google/gemma-2-2b-it", "cais/wmdp", "fancyzhx/ag_news")
-    done = saenb("check", "--preset", changed(standin, tmp_path, without=without))
+    done = called("check", "--preset", changed(standin, tmp_path, without=without))
     one_sentence(done, *without, "are not there")
     lines = {line[2:].split()[1]: line for line in done.stdout.splitlines()[1:] if line}
     assert ([name for name, line in lines.items() if line.startswith("!")]
@@ -184,12 +185,12 @@ def test_what_is_missing_is_said_before_any_work(saenb, one_sentence, standin, t
     ("harvest_tokens = 100_000_000_000_000\n", "runs: a store of"),
     ("d_sae = 400_000_000\n", "models, training"),
 ])
-def test_what_does_not_fit_is_said_before_any_work(saenb, one_sentence, standin, tmp_path, extra, said):
+def test_what_does_not_fit_is_said_before_any_work(called, one_sentence, standin, tmp_path, extra, said):
     text = (standin.read_text().replace("d_sae = 96\n", "" if "d_sae" in extra else "d_sae = 96\n")
             .replace("harvest_tokens = 30_000\n", ""))
     preset_file = changed(standin, tmp_path)
     preset_file.write_text(extra + text)
-    done = saenb("check", "--preset", preset_file)
+    done = called("check", "--preset", preset_file)
     one_sentence(done, "are not there")
     assert said in done.stdout
 
@@ -213,8 +214,8 @@ def test_the_standin_goes_all_the_way(saenb, standin, tmp_path):
     assert "train:" not in again.stderr and "known" not in again.stderr
 
 
-def test_a_model_that_knows_nothing_is_found_out_before_training(saenb, one_sentence, standin, tmp_path):
-    done = saenb("run", "orthogonality/0", "--preset",
+def test_a_model_that_knows_nothing_is_found_out_before_training(called, one_sentence, standin, tmp_path):
+    done = called("run", "orthogonality/0", "--preset",
                  changed(standin, tmp_path, 'answer_model = "google/gemma-2-2b"\n'))
     one_sentence(done, "knows no question", "wmdp-bio")
     assert not list(tmp_path.rglob("train_log.jsonl"))

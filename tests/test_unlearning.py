@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from saenb.base.errors import SaenbError
+from saenb.base.schemas import schema_error
 from saenb.evals.evaluation import corpus_rows, reference_rows
 from saenb.evals.controls import (as_logged, principal_components, supervised_reference, corpus_activations,
                                   untrained)
@@ -15,7 +17,8 @@ from saenb.evals.halves import answers_of, held_out
 from saenb.evals.interventions.clamp import Clamp
 from saenb.evals.interventions.intervention import InterventionBatch, plain_answers
 from saenb.evals.unlearning import (
-    bootstrap, evaluate, headline, levels_from, run_settings, selectivity, trade_off)
+    UNLEARNING, bootstrap, evaluate, headline, levels_from, notes, run_settings, selectivity, table,
+    trade_off)
 from saenb.sae.sae import SAE, SAEConfig
 from saenb.data.sources import boot
 
@@ -93,9 +96,9 @@ def test_densities_against_a_count_by_hand(exam, trained, model):
     stats = feature_stats(exam, trained)
     rows = corpus_rows(model.tokenizer, exam.setup)["retain"]
     active, tokens = torch.zeros(trained.cfg.d_sae), 0
-    for row in rows:
-        x = model.original_model(row[None], output_hidden_states=True).hidden_states[exam.layer + 1][0]
-        keep = torch.tensor([t not in (0, 1, 2) for t in row.tolist()])
+    for some in rows.split(64):
+        x = model.original_model(some, output_hidden_states=True).hidden_states[exam.layer + 1]
+        keep = torch.tensor([[t not in (0, 1, 2) for t in row] for row in some.tolist()])
         active += (trained.encode(x[keep]) > 0).sum(0)
         tokens += int(keep.sum())
     np.testing.assert_allclose(stats.retain, np.round((active / tokens).detach().numpy(), 6), atol=3 / tokens)
@@ -105,7 +108,8 @@ def test_fast_equals_plain_on_every_dictionary(exam, dictionaries):
     """Question by question; abandoned settings really are below the lowest share of interest."""
     for name, sae in dictionaries.items():
         stats = feature_stats(exam, sae)
-        grid = Grid(thresholds=(0.001, 0.6), n_features=(3, 12), multipliers=(2, 40))
+        counts = (3, 12) if name == "trained" else (12,)
+        grid = Grid(thresholds=(0.001, 0.6), n_features=counts, multipliers=(2, 40))
         settings = Clamp().settings(grid, stats)
         rows, batch = run_settings(exam, sae, settings, stats, Clamp())
         for row, setting in zip(rows, settings):
@@ -118,8 +122,15 @@ def test_fast_equals_plain_on_every_dictionary(exam, dictionaries):
         assert batch.read <= len(settings) * len(exam.stream)
 
 
-def test_the_score_is_the_references_formula(exam, trained, results):
-    result = results["trained"]["eval_result_unstructured"]
+@pytest.fixture(scope="module")
+def beside(exam, trained):
+    """The trained dictionary under the reference's settings, beside one other."""
+    one = Grid(thresholds=(0.01,), n_features=(10,), multipliers=(8,), typical=True)
+    return evaluate(exam.model, trained, replace(exam.setup, grid=one, reference=REFERENCE), exam)
+
+
+def test_the_score_is_the_references_formula(exam, trained, beside):
+    result = beside["eval_result_unstructured"]
     stats = feature_stats(exam, trained)
     shares = []
     for setting in Clamp().settings(REFERENCE, stats):
@@ -130,8 +141,23 @@ def test_the_score_is_the_references_formula(exam, trained, results):
     assert result["reference_score"] == 1 - min(shares, default=1)
 
 
+def test_the_references_settings_are_tried_where_they_are_asked_for(beside, results):
+    """A quick budget leaves them out, and its result says so."""
+    found, left_out = (r["eval_result_unstructured"] for r in (beside, results["trained"]))
+    low, high = found["reference_interval"]
+    assert low <= found["reference_score"] <= high and len(found["settings"]) == 1 + 16
+    assert left_out["reference_score"] is None is left_out["reference_interval"]
+    assert len(left_out["settings"]) == 18
+    measures = [{row["measure"]: row for row in table(r)} for r in (beside, results["trained"])]
+    assert measures[0]["under the reference's settings"] == dict(
+        measure="under the reference's settings", value=found["reference_score"], low=low, high=high)
+    assert measures[0].keys() - measures[1].keys() == {"under the reference's settings"}
+    for result, said in ((beside, True), (results["trained"], False)):
+        assert any("reference's settings" in line for line in notes(result)[0]) == said
+        assert schema_error(json.loads(json.dumps(result)), UNLEARNING.shape) is None
+
+
 def test_the_result_has_saebenchs_fields(results):
-    import json
     result = results["trained"]
     assert {"eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics",
             "eval_result_details", "sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id",
@@ -145,7 +171,6 @@ def test_the_result_has_saebenchs_fields(results):
 
 def test_held_out_numbers_are_recomputed_from_what_a_result_keeps(exam, results):
     """Answers, questions, facts and halves come back as they were; wordings of a fact share a half."""
-    import json
     for result in results.values():
         ours = result["eval_result_unstructured"]
         answers = answers_of(json.loads(json.dumps(result)))

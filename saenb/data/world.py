@@ -60,7 +60,7 @@ class World:
         if number not in EDITIONS:
             raise SaenbError(f"{place} is of a world of edition {number}, and this version of saenb knows "
                              f"{' and '.join(map(str, EDITIONS))}; install a newer one.")
-        self.edition = EDITIONS[number]
+        self.number, self.edition = number, EDITIONS[number]
         kinds = {f.name: range(2**50) if f.type is int else f.type for f in fields(self.edition.config)}
         self.about = read_json(place, "world", dict(config=kinds, known=float, files={str: str}))
         self.layer = self.edition.layer
@@ -85,8 +85,8 @@ class World:
         return boot(self.path/"model")
 
     def __repr__(self):
-        edition, dial = self.about.get("edition", 1), self.edition.dial
-        return (f"World({f'edition {edition}, ' * (edition > 1)}seed {self.cfg.seed}, "
+        dial = self.edition.dial
+        return (f"World({f'edition {self.number}, ' * (self.number > 1)}seed {self.cfg.seed}, "
                 f"{dial} {getattr(self.cfg, dial)}: {len(self.facts)} facts, "
                 f"knows {self.about['known']:.1%} of its questions)")
 

@@ -1,0 +1,332 @@
+"""Every intervention against its formula, the fast way against the plain one, and what is written to folders."""
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from saenb.base.errors import SaenbError
+from saenb.data.sources import TextSource
+from saenb.evals.exam import Exam, Grid, UnlearningSetup, feature_stats
+from saenb.evals.interventions import crisp, guardrail, rmu
+from saenb.evals.interventions.conditional import LEVELS, retained_bars, shares_above
+from saenb.evals.interventions.intervention import INTERVENTIONS, edited, plain_answers, plain_name
+from saenb.evals.unlearned_models import find_setting, unlearn, unlearned, write_unlearned
+from saenb.evals.unlearning import run_settings
+from saenb.sae.sae import SAE, SAEConfig
+
+INTERVENTIONS.load()
+STREAM = ("zero_ablation", "mean_ablation", "conditional_clamp", "raw_direction", "guardrail", "guardrail_window",
+          "guardrail_gate", "orthogonal_edit")
+WEIGHTS = ("orthogonal_weights", "rmu", "rmu_apart", "crisp")
+GRID = Grid(thresholds=(0.05, 0.3), n_features=(3, 12), multipliers=(4, 60), typical=True)
+
+
+class FewQuestions(Exam):
+    """An exam in which the first questions of three subjects count as known, so that nothing has to be asked in 24 orders."""
+    def find_known(self, sources):
+        return {s.subject: list(range(min(count, len(s.load())))) for s, count in zip(sources, (12, 8, 8))}
+
+
+@pytest.fixture(scope="module")
+def few(world, model, tmp_path_factory):
+    texts, folder = {}, tmp_path_factory.mktemp("texts")
+    for side in ("forget", "retain"):
+        (folder/f"{side}.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t, _ in world.texts(side, 60)))
+        texts[side] = TextSource(str(folder/f"{side}.jsonl"), side=side)
+    setup = UnlearningSetup(**texts, questions=world.question_sources()[:3], dataset_size=16, seq_len=48, lowest_retain=0.0,
+                            retain_floor=0.5, grid=GRID, reference=None)
+    return FewQuestions(model, setup, world.layer)
+
+
+@pytest.fixture(scope="module")
+def random_sae(few):
+    cfg = SAEConfig(d_in=few.model.cfg.d_model, d_sae=96, hook_name=f"blocks.{few.layer}.hook_out", hook_layer=few.layer)
+    return SAE(cfg).initialise(torch.cat([x[keep] for x, keep in few.corpus("forget")]), 0)
+
+
+@pytest.fixture(scope="module")
+def stats(few, random_sae): return feature_stats(few, random_sae)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Trainings of a few steps."""
+    for module in (rmu, crisp): monkeypatch.setattr(module, "STOPS", (2, 4))
+    for name, value in dict(LENGTHS=(4,), ALPHAS=(10,), RATES=(3e-3,)).items(): monkeypatch.setattr(rmu, name, value)
+    for name, value in dict(COUNTS=(12,), MARGINS=(10,), RATES=(1e-4,)).items(): monkeypatch.setattr(crisp, name, value)
+
+
+def prepared(name, few, sae, stats):
+    intervention = INTERVENTIONS.named(name)()
+    worked, known = intervention.prepare(few, sae, stats)
+    return intervention, worked, known, intervention.settings(GRID, known)
+
+
+@pytest.mark.parametrize("name", STREAM + WEIGHTS)
+def test_fast_equals_plain(name, few, random_sae, stats):
+    """Question by question, for settings drawn at random; most interventions change an answer somewhere."""
+    intervention, worked, known, settings = prepared(name, few, random_sae, stats)
+    drawn = np.random.default_rng(0).choice(len(settings), min(3 if name in STREAM else 2, len(settings)), replace=False)
+    settings = [settings[i] for i in sorted(drawn)]
+    for row, setting in zip(run_settings(few, worked, settings, known, intervention)[0], settings):
+        features, values, rule = intervention.asked(setting, known)
+        assert torch.equal(row["right"], plain_answers(few, worked, features, values, intervention, **rule)), setting
+        json.dumps({k: v for k, v in row.items() if k != "right"})
+
+
+@torch.no_grad()
+def by_hand(sae, x, features, change):
+    """A stream [1, tokens, width] in which `change(token, activations)` gives the chosen features' new activations."""
+    out = x.clone()
+    for t in range(1, x.shape[1]):
+        f = sae.encode(x[0, t])
+        for j, new in change(t, f).items(): out[0, t] += (new - f[j]) * sae.W_dec[j]
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(few): return few.stream[:len(few.tokens[0])][None]
+
+
+def same(a, b): torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+
+
+def test_ablations_and_the_conditional_clamp_by_hand(few, random_sae, stats, text):
+    f = random_sae.encode(text)[0].detach()
+    features = f[1:].sum(0).topk(3).indices.tolist()
+    zero, mean, conditional = (INTERVENTIONS.named(n)() for n in ("zero_ablation", "mean_ablation", "conditional_clamp"))
+    same(zero.apply(random_sae, text, features, torch.zeros(3)),
+         by_hand(random_sae, text, features, lambda t, f: {j: 0.0 for j in features if f[j] > 0}))
+    _, known = mean.prepare(few, random_sae, stats)
+    rows = torch.cat([random_sae.encode(x)[keep] for x, keep in few.corpus("retain")]).detach()
+    np.testing.assert_allclose(known.more["means"], rows.mean(0).numpy(), rtol=1e-4)
+    _, values, rule = mean.asked(dict(features=np.array(features)), known)
+    same(mean.apply(random_sae, text, features, values, **rule),
+         by_hand(random_sae, text, features, lambda t, f: dict(zip(features, values.tolist()))))
+    bars = f[1:, features].quantile(0.7, dim=0)
+    same(conditional.apply(random_sae, text, features, torch.tensor([1.0, 2.0, 3.0]), bars=bars),
+         by_hand(random_sae, text, features,
+                 lambda t, f: {j: -v for j, v, bar in zip(features, (1.0, 2.0, 3.0), bars) if f[j] > bar}))
+
+
+def test_bars_are_percentiles(few, random_sae, stats):
+    rows = torch.cat([random_sae.encode(x)[keep] for x, keep in few.corpus("retain")]).detach()
+    bars = retained_bars(few, random_sae)
+    assert not bars[0].any()
+    for bar, level in zip(bars[1:], LEVELS[1:]):
+        np.testing.assert_array_equal(bar, np.percentile(rows.numpy(), level, axis=0, method="inverted_cdf"))
+    above = shares_above(few, random_sae, bars, "retain")
+    assert (above.max(1) <= 1 - np.array(LEVELS) / 100 + 1e-6).all()
+    intervention, _, known, settings = prepared("conditional_clamp", few, random_sae, stats)
+    clamp = INTERVENTIONS.named("clamp")()
+    for s in settings: # at percentile 0 they are the clamp's
+        if s["percentile"] == 0: assert s["features"].tolist() == clamp.choose(stats, s["retain_threshold"])[:s["n_features"]].tolist()
+
+
+def test_the_raw_direction_by_hand(few, random_sae, stats, text):
+    intervention, direction, known, _ = prepared("raw_direction", few, random_sae, stats)
+    means = [torch.cat([x[keep] for x, keep in few.corpus(side)]).double().mean(0).float() for side in ("forget", "retain")]
+    unit = F.normalize(means[0] - means[1], dim=0)
+    expected = text.clone()
+    for t in range(1, text.shape[1]):
+        read = (text[0, t] - means[1]) @ unit
+        if read > 0.05: expected[0, t] -= (read + 2.0) * unit
+    same(intervention.apply(direction, text, [0], torch.tensor([2.0]), bars=0.05), expected)
+
+
+def test_a_share_of_tokens_by_hand():
+    fired = torch.rand(5, 20, generator=torch.Generator().manual_seed(0)) < 0.4
+    places = torch.arange(20).repeat(5, 1)
+    places[2, 13:] = places[4, 5:] = -1 # padding
+    for i, length in enumerate((20, 20, 13, 20, 5)):
+        row = fired[i, :length].double()
+        assert guardrail.fired_share(fired, places)[i] == row.mean()
+        best = max(row[max(0, t - 7):t + 1].sum() for t in range(length)) / min(8, length)
+        assert guardrail.fired_share(fired, places, 8)[i] == best
+
+
+def test_the_guardrail_by_hand(few, random_sae, stats, text):
+    intervention = INTERVENTIONS.named("guardrail")()
+    features, values = [3, 17, 40, 41], torch.tensor([1.0, 2.0, 3.0, 4.0])
+    fires = [t for t in range(1, text.shape[1]) if (random_sae.encode(text[0, t])[features] > 0).any()]
+    share = len(fires) / text.shape[1]
+    assert 0 < share < 1
+    shut = intervention.apply(random_sae, text, features, values, tau=share, window=0)
+    same(shut, text)
+    same(intervention.apply(random_sae, text, features, values, tau=share - 1e-9, window=0), by_hand(
+        random_sae, text, features, lambda t, f: dict(zip(features, (-values).tolist())) if t in fires else {}))
+    _, _, known, settings = prepared("guardrail", few, random_sae, stats)
+    rows = {side: torch.cat([random_sae.encode(x)[keep] for x, keep in few.corpus(side)]).detach() for side in ("forget", "retain")}
+    squares = {side: (f.double()**2).mean(0).numpy() for side, f in rows.items()}
+    ratio = squares["forget"] / (squares["retain"] + 1e-21)
+    for s in settings:
+        passing = [j for j in np.argsort(-squares["forget"], kind="stable") if ratio[j] >= np.percentile(ratio, s["cut"])]
+        assert s["features"].tolist() == passing[:s["n_features"]]
+    s = settings[0]
+    shares = [(random_sae.encode(row[1:])[:, s["features"]] > 0).any(1).double().sum() / len(row)
+              for x, _ in few.corpus("retain") for row in x]
+    assert s["tau"] == pytest.approx(np.percentile(shares, s["quiet"]))
+
+
+def test_orthogonal_edits_by_hand(few, random_sae, stats, text):
+    edit, heavy = (INTERVENTIONS.named(n)() for n in ("orthogonal_edit", "orthogonal_weights"))
+    features, centre = [5, 6, 9], torch.randn(text.shape[-1])
+    basis = torch.linalg.qr(random_sae.W_dec[features].T.detach())[0]
+    expected = text - (text - centre) @ basis @ basis.T
+    expected[:, 0] = text[:, 0]
+    same(edit.apply(random_sae, text, features, torch.zeros(3), centre=centre), expected)
+    weights = heavy.weights(few, random_sae, features, torch.zeros(3))
+    assert {n.rsplit(".", 2)[1] for n in weights} == {"o_proj", "down_proj"} and len(weights) == 2 * (few.depth - few.layer)
+    states = lambda: few.model.original_model(few.tokens[0][None], output_hidden_states=True).hidden_states[few.layer + 1:-1]
+    with torch.no_grad(), edited(few.model, weights): streams = states()
+    for below, above in zip(streams, streams[1:]): # nothing is written along the chosen rows
+        assert ((above - below) @ random_sae.W_dec[features].T).abs().max() < 1e-4 * (above - below).abs().max() + 1e-5
+    assert heavy.settings(GRID, heavy.prepare(few, random_sae, stats)[1])[-1]["n_features"] <= few.model.cfg.d_model // 2
+
+
+def test_an_edit_leaves_no_trace(few):
+    own = {plain_name(n): p for n, p in few.model.original_model.named_parameters()}
+    before = {n: p.clone() for n, p in own.items()}
+    name = next(n for n in own if n.endswith("down_proj.weight"))
+    with pytest.raises(KeyError), edited(few.model, {name: own[name] + 1}): raise KeyError
+    tokens = few.tokens[0][None]
+    weights = {name: before[name].clone().requires_grad_()}
+    rmu.streams_under(few.model, weights, tokens, (few.layer,))[few.layer].sum().backward()
+    assert weights[name].grad.abs().sum() > 0
+    own = {plain_name(n): p for n, p in few.model.original_model.named_parameters()}
+    assert all(torch.equal(own[n], before[n]) for n in before)
+
+
+def test_losses_and_their_gradients_against_the_formula(random_sae):
+    draw = torch.Generator().manual_seed(0)
+    h, h0 = (torch.randn(2, 5, random_sae.cfg.d_in, generator=draw) for _ in range(2))
+    u, keep, features = torch.randn(random_sae.cfg.d_in, generator=draw), torch.rand(2, 5, generator=draw) < 0.8, [1, 4, 30]
+    def grad(loss):
+        x = h.clone().requires_grad_()
+        value = loss(x)
+        value.backward()
+        return value.detach(), x.grad
+    plain = lambda x: ((x - 3 * u)**2).sum() / x.numel() + 7 * ((x - h0)**2).sum() / x.numel()
+    for a, b in zip(grad(lambda x: rmu.rmu_loss(x, 3 * u, x, h0, 7.0)), grad(plain)): torch.testing.assert_close(a, b)
+
+    def plainly(x):
+        kept = []
+        for i, t in keep.nonzero().tolist():
+            now = (x[i, t] - random_sae.b_dec) @ random_sae.W_enc + random_sae.b_enc
+            was = (h0[i, t] - random_sae.b_dec) @ random_sae.W_enc + random_sae.b_enc
+            kept += [a for j in features if (a := now[j] + (20 * now.mean()).abs().detach() * (was[j] > 0)) > 0]
+        return torch.stack(kept).mean()
+    for a, b in zip(grad(lambda x: crisp.feature_loss(random_sae, features, x, h0, keep, 20.0)), grad(plainly)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    whole = lambda x: crisp.crisp_loss(x.sum(), x, h0, x + 1, h0)
+    sums = lambda x: 0.01 * x.sum() + 0.99 * ((x - h0)**2).mean() + 0.0099 * ((x + 1 - h0)**2).mean()
+    for a, b in zip(grad(whole), grad(sums)): torch.testing.assert_close(a, b)
+
+
+def test_training_goes_where_it_should(few, random_sae, stats):
+    """RMU's forget stream comes nearer to its target, CRISP's features fall silent; a seed decides the bytes."""
+    with torch.no_grad():
+        tokens, stream, keep = rmu.stacked(rmu.drawn_rows(few, "forget", 8, 5))
+        target = 4 * rmu.random_target(few)
+        away = lambda x: (x - target)[keep].norm(dim=1).mean()
+        intervention, _, known, settings = prepared("rmu", few, random_sae, stats)
+        weights = intervention.weights(few, random_sae, *intervention.asked(settings[-1], known)[:2], **intervention.rule(settings[-1], known))
+        assert away(rmu.streams_under(few.model, weights, tokens, (few.layer,))[few.layer]) < away(stream)
+        again = INTERVENTIONS.named("rmu")().weights(few, random_sae, [], [], **intervention.rule(settings[-1], known))
+        assert all(torch.equal(weights[n], again[n]) for n in weights)
+        intervention, _, known, settings = prepared("crisp", few, random_sae, stats)
+        features, values, rule = intervention.asked(settings[-1], known)
+        weights = intervention.weights(few, random_sae, features, values, **rule)
+        after = rmu.streams_under(few.model, weights, tokens, (few.layer,))[few.layer]
+        assert random_sae.encode(after)[keep][:, features].sum() < random_sae.encode(stream)[keep][:, features].sum()
+
+
+@pytest.mark.parametrize("name", ("conditional_clamp", "guardrail", "orthogonal_edit", "orthogonal_weights"))
+def test_a_folder_gives_the_model_back(name, few, random_sae, stats, tmp_path):
+    """It answers as the exam says, and writes the same with a cache, without one, and padded on the left."""
+    intervention, worked, known, settings = prepared(name, few, random_sae, stats)
+    setting = next(s for s in reversed(settings) if s["multiplier"] in (None, 4) and s.get("quiet", 90) == 90)
+    features, values, rule = intervention.asked(setting, known)
+    found = dict(dictionary=worked, features=[int(f) for f in features], values=values, rule=rule, setting=dict(n=3),
+                 **{k: dict(forget_left=0.5, retain_left=1.0) for k in ("chosen_on", "reported_on")})
+    world_model = few.model.cfg.model_name
+    write_unlearned(tmp_path/"out", few, intervention, found, world_model)
+    assert str(tmp_path) not in (tmp_path/"out"/"unlearned.json").read_text() and "saenb:assets" in (tmp_path/"out"/"unlearned.json").read_text()
+    with pytest.raises(SaenbError, match="holds something already"):
+        write_unlearned(tmp_path/"out", few, intervention, found, world_model)
+    model = unlearned(tmp_path/"out")
+    plain = plain_answers(few, worked, features, values, intervention, **rule)
+    with torch.no_grad():
+        logits = torch.stack([model(t[None]).logits[0, -1] for t in few.tokens])
+        answers = logits[:, few.letters.flatten()].view(-1, 2, 4).amax(1).argmax(1)
+        assert torch.equal(answers == few.answer, plain)
+        long, cut = few.tokens[0][:14], few.tokens[-1][:9]
+        write = lambda ids, **how: model.generate(ids, max_new_tokens=8, do_sample=False, **how)
+        alone = write(long[None])[0]
+        assert torch.equal(alone, write(long[None], use_cache=False)[0])
+        both = torch.stack([long, F.pad(cut, (5, 0))])
+        mask = torch.ones_like(both)
+        mask[1, :5] = 0
+        padded = write(both, attention_mask=mask)
+        assert torch.equal(padded[0], alone) and torch.equal(padded[1, 14:], write(cut[None])[0, 9:])
+
+
+def test_unlearn_chooses_on_one_half_and_reports_the_other(few, random_sae, tmp_path):
+    found = find_setting(few, random_sae, INTERVENTIONS.named("raw_direction")())
+    said = unlearn(few, random_sae, "raw_direction", tmp_path/"out", few.model.cfg.model_name)
+    assert said["setting"] == found["setting"]
+    right = plain_answers(few, found["dictionary"], found["features"], found["values"],
+                          INTERVENTIONS.named("raw_direction")(), **found["rule"]).numpy()
+    for half, name in enumerate(("chosen_on", "reported_on")):
+        mine, forgets = few.half == half, few.forgets.numpy()
+        assert said[name]["forget_left"] == pytest.approx(right[mine & forgets].mean())
+        assert said[name]["retain_left"] == pytest.approx(right[mine & ~forgets].mean())
+    assert said["chosen_on"]["retain_left"] >= few.setup.retain_floor
+    with pytest.raises(SaenbError, match="No setting of zero_ablation"):
+        find_setting(few, SAE(random_sae.cfg), INTERVENTIONS.named("zero_ablation")())
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    with pytest.raises(SaenbError, match="does not exist"): unlearned(tmp_path)
+    (tmp_path/"unlearned.json").write_text("{}")
+    with pytest.raises(SaenbError, match="not an? unlearned model"): unlearned(tmp_path)
+
+
+def test_the_command(few, random_sae, tmp_path, monkeypatch, capsys):
+    import saenb
+    from saenb.cli import main
+    from saenb.lab import intervention_table
+    monkeypatch.setattr(intervention_table, "exam_of", lambda *given: few)
+    random_sae.save(tmp_path/"sae")
+    asked = ["unlearn", str(tmp_path/"sae"), "--out", str(tmp_path/"out"), "--anyway"]
+    assert main([*asked, "--by", "raw_direktion"]) == 2 and "raw_direction" in capsys.readouterr().err
+    assert main([*asked, "--by", "raw_direction", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["reported_on"] == json.loads((tmp_path/"out"/"unlearned.json").read_text())["reported_on"]
+    assert saenb.unlearned(tmp_path/"out").generate(few.tokens[0][None, :9], max_new_tokens=2, do_sample=False).shape[1] <= 11
+    assert main([*asked, "--by", "raw_direction"]) == 2 and "holds something already" in capsys.readouterr().err
+
+
+def test_cells_are_made_once_and_compared(few, random_sae, tmp_path, monkeypatch):
+    from saenb.lab import intervention_table as table, runner
+    from saenb.lab.preset_files import find_preset
+    asked, tiny = [], find_preset("tiny")
+    def exam_of(preset, out):
+        asked.append(preset.name)
+        return few
+    monkeypatch.setattr(runner, "exam_of", exam_of)
+    preset = replace(tiny, name="few", shares="tiny", evals=tiny.evals | dict(unlearning=few.setup))
+    made = {name: table.cell(random_sae, "random", preset, name, tmp_path) for name in ("clamp", "zero_ablation")}
+    again = table.cell(random_sae, "random", preset, "clamp", tmp_path)
+    assert again["eval_result_unstructured"] == made["clamp"]["eval_result_unstructured"] and len(asked) == 2
+    found = table.cells(preset, tmp_path)
+    assert list(found) == [("random", "clamp"), ("random", "zero_ablation")]
+    row, = table.as_table(found)
+    assert row["dictionary"] == "random" and row["clamp"].startswith(f"{made['clamp']['eval_result_unstructured']['held_out']:.3f}")
+    value, low, high = table.difference(made["clamp"], made["zero_ablation"])
+    assert value == pytest.approx(made["clamp"]["eval_result_unstructured"]["held_out"] - made["zero_ablation"]["eval_result_unstructured"]["held_out"])
+    assert low <= value <= high
+    assert table.picture(found).axes

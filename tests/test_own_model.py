@@ -1,0 +1,348 @@
+"""A model of one's own, with and without questions: from the first command to the feature page, by commands alone."""
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT
+from saenb.base.errors import SaenbError
+from saenb.base.files import as_size, need_memory, read_json, write_json, write_tensors
+from saenb.cli import main
+from saenb.data.store import Store
+from saenb.evals.autopsy import _reason
+from saenb.evals.dominant import directions_in
+from saenb.evals.reconstruction import tally, unexplained, unexplained_apart
+from saenb.lab.preset_files import find_preset
+from saenb.lab.records import Record
+from saenb.sae.sae import SAE, SAEConfig, load_sae
+
+@pytest.fixture(scope="module")
+def home(once):
+    """A folder with a small model of random weights, two files of texts and two of questions."""
+    def fill(folder):
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+        from saenb.data.world import World
+        world, draw = World.default(), random.Random(0)
+        tokenizer = AutoTokenizer.from_pretrained(world.path/"model")
+        torch.manual_seed(0)
+        marks = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                                     num_key_value_heads=2, max_position_embeddings=512, **marks)).save_pretrained(folder/"model")
+        tokenizer.save_pretrained(folder/"model")
+        for side in ("forget", "retain"):
+            (folder/f"{side}.txt").write_text(text := "\n".join(text for text, _ in world.texts(side, 200)))
+            words = sorted({word for word in text.replace(".", " ").split() if word.isalpha()})
+            rows = [dict(question=" ".join(draw.choices(words, k=5)), choices=draw.sample(words, 4), answer=draw.randrange(4)) for _ in range(6)]
+            (folder/f"ask_{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return once("own-model", fill)
+
+
+SMALL = {"200_000": "8_000", "steps = 1000": "steps = 30", "batch = 1024": "batch = 128", "= 128 # rows": "= 12 # rows", "= 128 # tokens": "= 64 # tokens"}
+
+
+@pytest.fixture
+def here(home, tmp_path, monkeypatch):
+    """An empty folder to work in, and a function that calls the command line there: its code, what it printed and what it complained of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SAENB_USE", raising=False)
+    for name in os.listdir(home): (tmp_path/name).symlink_to(home/name)
+
+    def call(line, *more):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([*line.split(), *map(str, more)])
+        return code, out.getvalue(), err.getvalue()
+    return call
+
+
+@pytest.fixture
+def preset(here, tmp_path):
+    """A preset for the model, at a tiny budget."""
+    assert here("preset new my.toml --model model")[0] == 0
+    text = (tmp_path/"my.toml").read_text()
+    for old, new in SMALL.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path/"my.toml").write_text(text)
+    return "my.toml"
+
+
+def refused(found, *words):
+    code, _, err = found
+    said = [line for line in err.splitlines() if line.startswith("saenb: ")]
+    assert code == 2 and len(said) == 1 and said[0].endswith((".", "?")), found
+    for word in words: assert word in said[0], (word, said[0])
+
+
+def test_a_preset_is_written_and_never_over_another(here, tmp_path):
+    code, out, _ = here("preset new my.toml --model model --layer 2 --ask-forget ask_forget.jsonl --ask-retain ask_retain.jsonl --asked continuation")
+    assert code == 0 and "saenb check --preset my.toml" in out
+    found = find_preset("my.toml")
+    assert (found.layer, found.d_sae, found.asks, found.model) == (2, 128, True, str(tmp_path/"model"))
+    assert [(q.subject, q.asked) for q in found.exam.questions] == [("ask_forget", "continuation"), ("ask_retain", "continuation")]
+    before = (tmp_path/"my.toml").read_bytes()
+    refused(here("preset new my.toml --model model"), "my.toml is there already")
+    refused(here("preset new other.toml --model model --layer 3"), "layer is 3", "0 to 2")
+    refused(here("preset new other.toml --model nowhere"), "nowhere cannot be looked at")
+    refused(here("preset new other.txt --model model"), "has to end with .toml")
+    refused(here("preset new other.toml --model model --ask-forget ask_forget.jsonl"), "both sides")
+    assert (tmp_path/"my.toml").read_bytes() == before and not list(tmp_path.glob("other*"))
+    refused(here("run orthogonality/0 --preset model"), "is not a preset yet", "saenb preset new my.toml --model model")
+
+
+def test_a_small_file_inherits_nothing_large(here, preset, tmp_path):
+    (tmp_path/"bare.toml").write_text('model = "model"\nlayer = 1\n[corpora]\nforget = "forget.txt"\nretain = "retain.txt"')
+    bare = find_preset("bare.toml")
+    assert bare.training.count() * bare.training.batch <= 2**21 and bare.harvest_tokens <= 200_000 and bare.seeds == 1
+    assert {s.dataset_size * s.seq_len for s in bare.evals.values()} == {128 * 128} and not bare.asks
+    assert [(Path(s.path).name, s.side) for s in bare.texts] == [("forget.txt", "forget"), ("retain.txt", "retain")]
+    assert bare.answer_model == bare.model == str(tmp_path/"model")
+    for line, said in {"": "lacks model, layer, corpora.forget, corpora.retain", 'model = "model"': "saenb preset new", "modl = 3": "did you mean model",
+                       'model = "model"\nlayer = 1\n[corpora]\nforget = "nothing.txt"\nretain = "retain.txt"': "There is no nothing.txt beside the preset",
+                       'model = "model"\nlayer = 1\n[corpora]\nforget = "forget.txt"\nretain = "retain.txt"\n[questions]\nforget = "ask_forget.jsonl"': "one side only",
+                       'model = "model"\nlayer = 100000000000000000000\n[corpora]\nforget = "forget.txt"\nretain = "retain.txt"': "has to be smaller",
+                       'base = "tiny"\n[evals.unlearning.grid]\nmultipliers = [1e300]': "has to be smaller"}.items():
+        (tmp_path/"wrong.toml").write_text(line)
+        with pytest.raises(SaenbError, match=said): find_preset("wrong.toml")
+
+
+def test_sizes_are_said_once_for_all_evaluations(here, preset, tmp_path):
+    (tmp_path/"my.toml").write_text((tmp_path/"my.toml").read_text() + "\n[evals.core]\nreconstruction_rows = 2\n[evals.sparse_probing]\nk_values = [1]\n")
+    found = find_preset("my.toml")
+    assert {(s.dataset_size, s.seq_len) for name, s in found.evals.items() if name != "sparse_probing"} == {(12, 64)}
+    assert found.evals["core"].reconstruction_rows == 2 and found.evals["sparse_probing"].k_values == (1,)
+
+
+def test_from_a_model_to_the_feature_page_without_a_question(here, preset, tmp_path):
+    code, out, _ = here("check --preset my.toml")
+    assert code == 0 and "saenb run orthogonality/0 --preset my.toml" in out
+    assert not [word for word in ("questions", "ag_news", "sparse") if word in out] and "largest direction holds" in out
+    code, out, err = here("harvest --preset my.toml")
+    assert code == 0 and "saenb run orthogonality/0 --preset my.toml" in out and " tokens/s" in err
+    code, out, err = here("run orthogonality/0 --preset my.toml")
+    assert code == 0 and "unexplained variance" in out, err
+    record = Record(tmp_path/"runs/my/orthogonality/run_0/seed_0")
+    assert record.finished and not record.scored and set(record.evaluations) == {"core", "entanglement"}
+    assert "no score" in (record.path/"notes.md").read_text() and "score" not in record.info["headlines"]
+    code, out, _ = here("eval --preset my.toml --evals core --json", record.path)
+    assert code == 0 and json.loads(out)["core"] == read_json(record.path/"evals"/"core.json", "result")
+    code, out, _ = here("explore --preset my.toml --contexts 2 --json", record.path)
+    assert code == 0 and json.loads(out) == dict(page="features.html", features=128, clamped=[])
+    assert '"features": 128' in (tmp_path/"features.html").read_text(encoding="utf-8")
+    refused(here("autopsy --preset my.toml", record.path), "has no questions to ask")
+    code, out, _ = here("compare runs/my")
+    assert code == 0 and "unexplained variance" in out and "score" not in out
+
+
+def test_all_records_of_an_experiment_without_a_question(here, preset, tmp_path):
+    code, out, err = here("reproduce contrastive --preset my.toml --steps 4 --jobs 1 --json")
+    assert code == 0, err
+    made = json.loads(out)
+    assert len(made["records"]) == 5 and not (tmp_path/"runs/my/controls").exists()
+    assert any(name.endswith("training_losses.png") for name in made["figures"]) and any(name.endswith("explorer/baseline.html") for name in made["figures"])
+    assert "there is no score" in (tmp_path/"runs/my/contrastive/run_3/notes.md").read_text()
+    shutil.rmtree(tmp_path/"runs/my/contrastive/run_0")
+    refused(here("compare runs/my/contrastive/run_3"), "`saenb run contrastive/0 --preset my.toml --seed 0 --steps 4`")
+
+
+def test_a_store_by_options_and_a_dictionary_on_it(here, preset, tmp_path):
+    code, out, err = here("harvest store --model model --layer 1 --texts forget.txt:forget retain.txt:retain --tokens 4000 --seq-len 64")
+    assert code == 0 and "saenb train store FOLDER" in out and "tokens/s" in err
+    store = Store.open(tmp_path/"store")
+    assert store.layer == 1 and min(store.side_counts()[1:]) > 1000 and store.side_counts()[0] == 0 and "preset" not in store.about
+    code, out, _ = here("train store mine --steps 5 --batch 64")
+    assert code == 0 and "saenb preset new my.toml --model" in out and "saenb eval mine --preset my.toml" in out
+    assert load_sae("mine/sae").cfg.model_name == store.about["texts"]["model"] != store.about["model"]
+    code, out, err = here("eval mine --preset my.toml --evals core")
+    assert code == 0 and "unexplained" in out, err
+    for line, said in {"harvest": "needs a folder", "harvest s --model model --layer 1": "nothing to read", "harvest s --preset my.toml --layer 2": "leave these options out",
+                       "harvest s --model model --layer 7 --texts forget.txt": "layers 0 to 2", "harvest s --model model --layer 1 --texts forget.txt:forgt": "did you mean forget",
+                       "harvest s --model model --layer 1 --texts nothing.txt": "nothing.txt"}.items():
+        refused(here(line), said)
+
+
+def test_commands_name_the_preset_that_fits(here, preset, tmp_path):
+    assert here("harvest --preset my.toml --out elsewhere")[0] == 0
+    code, out, _ = here("train elsewhere/my/store mine --steps 5 --batch 64")
+    assert code == 0 and "`saenb eval mine --preset my.toml` judges it" in out
+    refused(here("eval mine"), "it explains layer 1, and the preset reads layer 0", "--preset my.toml", "--anyway")
+
+
+def test_a_dictionary_with_a_gate_of_ones_own_is_trained_and_judged(here, preset, tmp_path):
+    (tmp_path/"my_gates.py").write_text("""
+from saenb import Mechanism, Run
+
+class HalvedGate(Mechanism):
+    "Halves activations."
+    def gate(self, x, f, positions=None): return f / 2
+
+HALVED = Run("mine/9", "Halved", "Activations are halved.", (("HalvedGate", {}),))
+""")
+    assert here("harvest --preset my.toml")[0] == 0
+    code, _, err = here("train runs/my/store mine --run mine/9 --steps 5 --batch 64 --use my_gates.py")
+    assert code == 0 and load_sae("mine/sae").cfg.gates == [dict(name="HalvedGate", settings={})], err
+    code, out, err = here("eval mine --preset my.toml --evals core --use my_gates.py")
+    assert code == 0 and "unexplained" in out, err
+    assert "mine/9" in here("list runs --use my_gates.py")[1]
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(hook_layer=0, hook_name="blocks.0.hook_resid_post"), "explains layer 0, and the preset reads layer 1"),
+    (dict(hook_name="blocks.1.hook_mlp_out"), "explains blocks.1.hook_mlp_out"),
+    (dict(model_name="gpt2"), "explains the model gpt2"), (dict(model_name="model 0123abcd"), "explains the model model 0123abcd")])
+def test_another_place_or_model_is_refused_unless_somebody_insists(here, preset, tmp_path, change, said):
+    sae = SAE(SAEConfig(32, 16, "blocks.1.hook_resid_post", 1)).initialise(torch.randn(300, 32))
+    sae.save(tmp_path/"mine")
+    assert here("eval mine --preset my.toml --evals core")[0] == 0
+    sae.cfg = replace(sae.cfg, **change)
+    sae.save(tmp_path/"mine")
+    for command in ("eval mine --preset my.toml --evals core", "explore mine --preset my.toml", "autopsy mine --preset my.toml"):
+        refused(here(command), said)
+    code, out, _ = here("eval mine --preset my.toml --evals core --force --anyway --json")
+    assert code == 0 and said in json.loads(out)["core"]["judged_anyway"] and said in (tmp_path/"mine/evals/core.json").read_text()
+
+
+def test_check_says_how_many_questions_are_known(here, preset, tmp_path):
+    text = (tmp_path/"my.toml").read_text()
+    for old in ("# [questions]", "# forget = ", "# retain = ", "# asked = "): text = text.replace(old, old[2:])
+    (tmp_path/"my.toml").write_text(text.replace("questions_", "ask_"))
+    code, out, err = here("check --preset my.toml")
+    assert code == 0, err
+    line = next(line for line in out.splitlines() if "known by the model" in line)
+    assert line.startswith("?") and " of 6 to forget and " in line
+    refused(here("run orthogonality/0 --preset my.toml --steps 3"), "knows no question of")
+
+
+# ------------------------------------------------------------------------------------------------ stopping
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whoever_stops_a_training_finds_it_saved(here, preset, tmp_path, how):
+    if not (tmp_path/"store").exists(): here("harvest store --model model --layer 1 --texts forget.txt:forget --tokens 4000 --seq-len 64")
+    process = subprocess.Popen([sys.executable, "-m", "saenb", "train", "store", "mine", "--steps", "1000000", "--batch", "64"], stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=lambda: [signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
+    log, ends = tmp_path/"mine"/"train_log.jsonl", time.time() + 120
+    while not (log.exists() and log.stat().st_size):
+        assert process.poll() is None and time.time() < ends
+        time.sleep(0.01)
+    began = time.time()
+    process.send_signal(how)
+    assert process.wait(30) == 128 + how
+    assert time.time() - began < (2 if os.getloadavg()[0] < os.cpu_count() else 20)
+    said = process.stderr.read().splitlines()[-1]
+    assert said.startswith("saenb: Stopped after step ") and "the checkpoint is in mine" in said
+    step = int(said.split()[4].replace(",", ""))
+    assert step > 0 and (tmp_path/"mine"/"checkpoint.safetensors").exists()
+    from safetensors import safe_open
+    with safe_open(tmp_path/"mine"/"checkpoint.safetensors", "pt") as f: assert json.loads(f.metadata()["saenb"])["step"] == step
+
+
+# ------------------------------------------------------------------------------------------------ hostile use
+
+def test_memory_is_estimated_before_it_is_asked_for(here, preset):
+    assert here("harvest store --model model --layer 1 --texts forget.txt:forget --tokens 4000 --seq-len 64")[0] == 0
+    refused(here("train store mine --d-sae 400000000000 --steps 1"), "needs", "of memory")
+    with pytest.raises(SaenbError, match="needs 1,000,000.0 GB of memory"): need_memory(10**15, "This")
+    assert [as_size(n) for n in (0, 999, 2_000_000, 3e9)] == ["0 bytes", "1.0 kB", "2.0 MB", "3.0 GB"]
+
+
+def test_half_a_character_is_noticed_when_it_is_read(here, preset, tmp_path):
+    SAE(SAEConfig(32, 16, "blocks.1.hook_resid_post", 1)).initialise(torch.randn(300, 32)).save(tmp_path/"mine")
+    config = tmp_path/"mine"/"cfg.json"
+    config.write_text(config.read_text().replace('"model_name": ""', '"model_name": "\\ud800"'))
+    refused(here("eval mine --preset my.toml --evals core"), "cfg.json", "surrogates")
+
+
+def test_a_score_whose_interval_touches_zero_is_not_called_real():
+    for low, said in ((0.0, "not told apart from zero"), (0.1, "is real")):
+        assert said in _reason(dict(score=0.3, interval=[low, 0.5]), [], [], {}, None)
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.bool])
+def test_weights_are_real_numbers(tmp_path, kind):
+    sae = SAE(SAEConfig(8, 16)).initialise(torch.randn(300, 8))
+    sae.save(tmp_path)
+    write_tensors(tmp_path/"sae_weights.safetensors", {k: v.to(kind) if k == "W_enc" else v for k, v in sae.state_dict().items()})
+    with pytest.raises(SaenbError, match="holds a W_enc of (complex64|bool) numbers"): load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("field, value, said", [("interval", [0.9, 0.1], "interval from 0.9 to 0.1"), ("training_seconds", -1.0, "training_seconds is -1.0"),
+                                                ("held_out", 1.5, "held_out is 1.5")])
+def test_a_record_cannot_say_what_cannot_be(tmp_path, field, value, said):
+    write_json(tmp_path/"final_info.json", {field: value})
+    with pytest.raises(SaenbError, match=said): Record(tmp_path).info
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path/"a.safetensors", dict(a=torch.zeros(2)))
+        write_json(tmp_path/"a.json", {})
+    finally: os.umask(before)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {0o640}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="this system has no limit on file sizes")
+def test_a_limit_on_file_sizes_is_one_sentence(saenb, one_sentence, home, tmp_path):
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); from saenb.cli import main;"
+            f"sys.exit(main(['harvest', 'store', '--model', '{home}/model', '--layer', '1', '--texts', '{home}/forget.txt']))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    one_sentence(done, "larger than files may be here")
+
+
+# ------------------------------------------------------------------------------------------------ streams as they are
+
+def test_what_is_unexplained_apart_from_a_direction_that_dominates(fresh):
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(4000, 12, generator=draw)
+    assert not directions_in(x)
+    along = torch.nn.functional.normalize(torch.randn(12, generator=draw), dim=0)
+    x += 30 * torch.randn(4000, 1, generator=draw) * along
+    found = directions_in(x)
+    assert len(found) == 1 and found.shares[0] > 0.9 and abs(found.rows[0] @ along) > 0.999
+    sae = SAE(SAEConfig(12, 24)).initialise(x, 0)
+    rows = [(None, part[None], torch.ones(1, len(part), dtype=torch.bool)) for part in x.split(400)]
+    seen, out = tally(sae, rows, found), sae(x).detach()
+    rest = torch.eye(12) - torch.outer(found.rows[0], found.rows[0])
+    centred = x - x.mean(0)
+    assert unexplained_apart(seen)[0] == pytest.approx((((x - out) @ rest).pow(2).sum() / (centred @ rest).pow(2).sum()).item(), rel=1e-3)
+    assert unexplained(seen)[0] == pytest.approx(((x - out).pow(2).sum() / centred.pow(2).sum()).item(), rel=1e-3)
+    assert unexplained_apart(tally(sae, rows)) is None
+
+
+def test_check_warns_of_a_stream_that_one_direction_dominates(here, preset, tmp_path):
+    from safetensors.torch import load_file, save_file
+    (tmp_path/"model").unlink()
+    shutil.copytree(Path(os.path.realpath(tmp_path/"forget.txt")).parent/"model", tmp_path/"model")
+    weights = load_file(tmp_path/"model"/"model.safetensors")
+    weights["model.embed_tokens.weight"][:, 5] *= 300
+    save_file(weights, tmp_path/"model"/"model.safetensors", metadata=dict(format="pt"))
+    code, out, _ = here("check --preset my.toml")
+    line = next(line for line in out.splitlines() if "one direction holds" in line)
+    assert code == 0 and line.startswith("?") and "apart from it" in line
+
+
+# ------------------------------------------------------------------------------------------------ commands only
+
+@pytest.mark.skipif("SAENB_NEWCOMER" not in os.environ, reason="it starts a process for each of ten commands; SAENB_NEWCOMER=1 lets it run")
+def test_a_newcomer_needs_commands_only(home, tmp_path):
+    """The script that does it from a wheel in an empty folder, here with the package as it lies."""
+    command = tmp_path/"saenb"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m saenb "$@"\n')
+    command.chmod(0o755)
+    (tmp_path/"empty").mkdir()
+    done = subprocess.run(["sh", ROOT/"tests"/"newcomer.sh", home/"model"], cwd=tmp_path/"empty", capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "SAENB": str(command), "TOKENS": "6000", "STEPS": "20", "ROWS": "12"})
+    assert done.returncode == 0, done.stdout[-800:] + done.stderr[-2000:]
+    assert (tmp_path/"empty"/"features.html").stat().st_size > 10_000 and "$ saenb compare runs/my/contrastive" in done.stdout
