@@ -173,8 +173,8 @@ def test_what_cannot_be_compared(root, tmp_path, called, one_sentence):
     lonely = record(tmp_path/"other", "positional/3", 1, 0.4)
     with pytest.raises(SaenbError, match="saenb run positional/0 --preset made --seed 1"): compare(records_under([lonely]))
     one_sentence(called("compare", lonely), "no baseline", "saenb run positional/0", f"--out {tmp_path}")
-    foreign = record(tmp_path/"other", "mine/3", 1, 0.4) # its baseline is not declared here
-    with pytest.raises(SaenbError, match="declares the experiment mine") as e: compare(records_under([foreign]))
+    foreign = record(tmp_path/"other", "elsewhere/3", 1, 0.4) # its baseline is not declared here
+    with pytest.raises(SaenbError, match="declares the experiment elsewhere") as e: compare(records_under([foreign]))
     assert "saenb run" not in str(e.value)
     done = called("compare", root/"orthogonality", "--to", tmp_path/"there", "--json")
     assert done.returncode == 0 and len(json.loads(done.stdout)) == 9 and (tmp_path/"there"/"compare.csv").exists()
