@@ -76,12 +76,18 @@ def holders(package: str) -> list[ModuleType]:
 
 def declared(kind: type, package: str) -> list:
     "All declarations of a kind, each once, in the order of their modules."
-    found = {}
-    for module in holders(package):
-        for value in list(vars(module).values()):
-            members = value if isinstance(value, (tuple, list)) else (value,)
-            found |= {id(m): m for m in members if isinstance(m, kind)}
-    return list(found.values())
+    own = _declared_by_package(kind, package)
+    others = _declared_in(kind, holders(package)[len(modules_in(package)):])
+    return list({id(m): m for m in (*own, *others)}.values())
+
+@cache # a package's modules do not change once they are imported
+def _declared_by_package(kind, package): return _declared_in(kind, modules_in(package))
+
+def _declared_in(kind, modules) -> tuple:
+    "What some modules hold, alone or in lists."
+    values = [v for module in modules for v in list(vars(module).values())]
+    members = [m for v in values for m in (v if isinstance(v, (tuple, list)) else (v,))]
+    return tuple(m for m in members if isinstance(m, kind))
 
 # %% ../../nbs/appendix/124_declarations.ipynb #260c751e
 class Classes(dict):

@@ -133,10 +133,10 @@ def compare(records: list[Record]) -> list[dict]:
     for (run, variant), members in groups.items():
         mine, base = [numbers(r) for r in members], [baseline_of(r) for r in members]
         is_baseline = all(b.path.resolve() == r.path.resolve() for r, b in zip(members, base))
-        found = {} if is_baseline else between(members, base)
+        found, trained = {} if is_baseline else between(members, base), _trained([*members, *base])
         for measure in [m for m in mine[0] if all(n.get(m) is not None for n in mine)]:
             row = dict(run=run, variant=variant, title=members[0].config["run"]["title"], seeds=len(members),
-                       measure=measure, trained=_trained([*members, *base]),
+                       measure=measure, trained=trained,
                        **_value(members, measure, [n[measure] for n in mine]))
             rows.append(dict.fromkeys(COLUMNS) | row | found.get(measure, {}))
     for measure in dict.fromkeys(r["measure"] for r in rows):
