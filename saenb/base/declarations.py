@@ -81,7 +81,8 @@ def declared(kind: type, package: str) -> list:
     return list({id(m): m for m in (*own, *others)}.values())
 
 @cache # a package's modules do not change once they are imported
-def _declared_by_package(kind, package): return _declared_in(kind, modules_in(package))
+def _declared_by_package(kind, package):
+    return _declared_in(kind, modules_in(package))
 
 def _declared_in(kind, modules) -> tuple:
     "What some modules hold, alone or in lists."
