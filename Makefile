@@ -5,7 +5,7 @@ ARGS ?=
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test docs bench clean
+.PHONY: help setup reproduce real test docs bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
@@ -13,6 +13,13 @@ help: ## Show this list
 
 reproduce: setup ## Make all runs, logs and figures; picks up where it was stopped
 	.venv/bin/saenb reproduce $(ARGS)
+
+# the baseline, and of each experiment a run that stood at the top of it on an embedded world
+REAL_RUNS := orthogonality/0 orthogonality/9 positional/7 contrastive/3 dual_objective/2
+
+real: setup ## Fetch a small real model (238 MB) and make the baseline, one run of each experiment and the controls on it
+	.venv/bin/saenb fetch gemma-3-270m
+	.venv/bin/saenb reproduce $(REAL_RUNS) --preset gemma-3-270m $(ARGS)
 
 test: setup ## Run the tests, notebooks included
 	.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)

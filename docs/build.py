@@ -20,6 +20,9 @@ SYMBOL = re.compile(r"\]\(/([\w/-]+)\.html#([\w.]+)\)")
 SHOW_DOC = re.compile(r"---\n+(?:\[source\]\(/blob/\w+/(\S+)#L(\w+)\)\{.*?\}\n+)?(#+ (\S+)\n.*)", re.DOTALL)
 TARGET = re.compile(r"^\((\S+)\)=$", re.MULTILINE)
 EXPLORER = re.compile(r"\[([^\]]+)\]\((?:\.\./)+figures/explorer/(\w+\.html)\)")
+FOLDED = re.compile(r"results$")  # pages that show what was found: their code is folded
+RUN = re.compile(r'^<details class="run" id="run-(\w+)"><summary>.*?: (.*?)<', re.MULTILINE)
+PICTURE = re.compile(r'<img [^>]*?src="((?:\.\./)*_images/)(\w+)\.png"[^>]*?/?>')
 CALLOUT = re.compile(r"^(:{3,}) *\{\.callout-(\w+).*\}", re.MULTILINE)
 ELSEWHERE = re.compile(r"""<(?:script|img|iframe|source|video|audio)\b[^>]*\bsrc=["']?(?:https?:)?//
                          | <link\b[^>]*\bhref=["']?(?:https?:)?// | @import\s+["'](?:https?:)?//
@@ -44,6 +47,7 @@ def show_doc(text, page):
     path, line, body, name = match.groups()
     folded = source(path, int(line)) if line and line.isdigit() else ""
     body = body.replace("__main__.", "")  # nbdev runs the cells, so their classes are main's to it
+    body = re.sub(r"^```python\n(.*?)^```", r"```{code-block} python\n:class: signature\n\n\1```", body, flags=re.DOTALL | re.MULTILINE)
     return f"({page}:{name.lower()})=\n{body}{folded}"
 
 
@@ -58,22 +62,40 @@ def convert_code(cell, page):
         return nbformat.v4.new_markdown_cell("\n\n".join(show_doc(text, page) for text in printed), id=cell.id)
     cell.source = "\n".join(lines)
     cell.metadata = {"tags": [tag for (name, value), tag in TAGS.items() if directives.get(name) == value]}
+    if FOLDED.search(page): cell.metadata["tags"].append("hide-input")
     caption = directives.get("fig-cap")
     alt = directives.get("fig-alt", caption or "Drawn by the cell above")
     cell.metadata["mystnb"] = {"image": {"alt": alt}} | ({"figure": {"caption": caption}} if caption else {})
     return cell
 
 
+def found_by(words):
+    """Return entries of the index, which the search looks through; nothing of them is seen on the page."""
+    return f"```{{index}} {', '.join(words)}\n```\n"
+
+
+def found_run(page):
+    """Return what puts a run into the index by its id and number, in front of its part of the page."""
+    experiment = re.sub(r".*/|_results$", "", page)
+    def entries(match):
+        words = (f"{experiment}/{match[1]}", f"{experiment} {match[1]}", f"run {match[1]} of {experiment}", re.sub("[;,]", "", match[2]))
+        return found_by(words) + "\n" + match[0]
+    return entries
+
+
 def convert(nb, page):
     """Turn a notebook that nbdev has processed into one that MyST-NB reads."""
     front = yaml.safe_load(nb.cells[0].source.strip().strip("-")) if nb.cells[0].cell_type == "raw" else {}
     head = f"# {front['title']}\n\n{front.get('description', '')}" if "title" in front else ""
+    synonyms = yaml.safe_load(Path("docs/synonyms.yml").read_text(encoding="utf-8"))
+    if words := synonyms.get(page.split("/")[-1]): head += "\n\n" + found_by(words)
     nb.cells = [nbformat.v4.new_markdown_cell(head)] + [
         convert_code(cell, page) if cell.cell_type == "code" else cell for cell in nb.cells if cell.cell_type != "raw"]
     seen = set()  # targets know no capitals: of a class and a function of one name, the first gets the links
     for cell in nb.cells:
         if cell.cell_type != "markdown": continue
         cell.source = CALLOUT.sub(r"\1{\2}", cell.source)
+        cell.source = RUN.sub(found_run(page), cell.source)
         cell.source = TARGET.sub(lambda match: "" if match[0] in seen else seen.add(match[0]) or match[0], cell.source)
     nb.metadata = {"kernelspec": {"name": "python3", "display_name": "python3"},
                    "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
@@ -96,6 +118,19 @@ def toctree(names):
     return nbformat.v4.new_markdown_cell("\n\n".join(
         f"```{{toctree}}\n:hidden:\n:caption: {caption(part)}\n\n" + "\n".join(members) + "\n```"
         for part, members in sorted(parts.items())))
+
+
+def for_phones(site):
+    """Let narrow screens have the picture that was drawn for them, where `figures/` holds one beside the wide one."""
+    phones = {p.stem.removesuffix("_phone"): p for p in Path("figures").rglob("*_phone.png")}
+    def picture(match):
+        name = match[2]
+        if name not in phones: return match[0]
+        shutil.copy(phones[name], site / "_images")
+        return f'<picture><source media="(max-width: 600px)" srcset="{match[1]}{phones[name].name}">{match[0]}</picture>'
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        if "_images/" in text: path.write_text(PICTURE.sub(picture, text), encoding="utf-8")
 
 
 def main():
@@ -125,6 +160,7 @@ def main():
     site = folder / ".sphinx/html"  # MyST-NB leaves a folder of its own beside this one
     status = build_main(["-W", "--keep-going", "-q", "-c", "docs", "-d", f"{site}/../doctrees", str(folder), str(site)])
     shutil.copytree("figures/explorer", site / "explorer", dirs_exist_ok=True)
+    for_phones(site)
     for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
         for match in ELSEWHERE.finditer(path.read_text(encoding="utf-8")):
             print(f"{path} loads from another host: {match[0]}", file=sys.stderr)

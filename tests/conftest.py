@@ -52,12 +52,6 @@ def model(world):
 
 
 @pytest.fixture(scope="session")
-def store(world, model, tmp_path_factory):
-    from saenb.data.harvest import harvest
-    return harvest(model, world.texts("train", 900), world.layer, tmp_path_factory.mktemp("store"), shard_bytes=2**22)
-
-
-@pytest.fixture(scope="session")
 def once(tmp_path_factory):
     """Have one of the workers make a folder, and the others wait for it and use it too."""
     from filelock import FileLock
@@ -71,6 +65,13 @@ def once(tmp_path_factory):
                 draft.rename(folder)
         return folder
     return make
+
+
+@pytest.fixture(scope="session")
+def store(world, model, once):
+    from saenb.data.harvest import harvest
+    from saenb.data.store import Store
+    return Store.open(once("store", lambda folder: harvest(model, world.texts("train", 900), world.layer, folder, shard_bytes=2**22)))
 
 
 @pytest.fixture(scope="session")
@@ -156,10 +157,11 @@ def fresh(store):
 
 
 @pytest.fixture(scope="session")
-def trained(store, fresh):
+def trained(store, fresh, once):
+    from saenb.sae.sae import load_sae
     from saenb.train.config import TrainConfig
     from saenb.train.trainer import Trainer
-    return Trainer(fresh(d_sae=512), store, cfg=TrainConfig(steps=800, lr=1e-3)).fit(progress=False)
+    return load_sae(once("trained", lambda folder: Trainer(fresh(d_sae=512), store, cfg=TrainConfig(steps=800, lr=1e-3)).fit(progress=False).save(folder)))
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,9 @@ warmup = 2
 [evals.unlearning]
 dataset_size = 16
 seq_len = 128
+[evals.unlearning.grid]
+n_features = [10]
+multipliers = [25, 100]
 [evals.random_choice]
 draws = 1
 [evals.core]

@@ -13,7 +13,8 @@ import torch
 from saenb.base.errors import SaenbError
 from saenb.data.store import Batch
 from saenb.ideas.run import all_runs
-from saenb.sae import sparse_step
+from saenb.lab.one_pass import OnePass, variants
+from saenb.sae import listed_step, sparse_step
 from saenb.sae.architectures import ARCHITECTURES, make_architecture
 from saenb.sae.gates import make_mechanism
 from saenb.sae.jumprelu import UNIT
@@ -109,6 +110,40 @@ def test_a_fast_step_has_autograds_gradients(monkeypatch, architecture, gates, l
     assert ours.keys() == plain.keys() and ("threshold" in ours) == architecture.startswith("jumprelu")
     for name in plain:
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-5 * float(plain[name].abs().max()), msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("architecture", ("topk,k=3", "batchtopk,k=3", "jumprelu"))
+def test_no_table_of_activations_is_made(monkeypatch, architecture):
+    """Unless somebody asks: an architecture of one's own may."""
+    monkeypatch.setattr(sparse_step, "SPARSE_BELOW", {torch.float32: 0.5})
+    monkeypatch.setattr(listed_step, "PART", 96 * FEATURES) # in several parts
+    batch, found = next(STREAM.batches(512)), []
+    trainer, plain = training(architecture, lr=1e-9), training(architecture, lr=1e-9)
+    plain.sae.architecture.fast_step = lambda *_: None
+    for t in (trainer, plain): t.sae.architecture.after_step = found.append
+    with monkeypatch.context() as patched:
+        patched.setattr(listed_step.Listed, "table", lambda self: pytest.fail("a table"))
+        trainer.one_step(batch)
+    plain.one_step(batch)
+    listed, table = found
+    assert isinstance(listed.activations, listed_step.Listed) and torch.is_tensor(table.activations)
+    torch.testing.assert_close(listed.f, table.f, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(listed.sums, table.sums, rtol=1e-4, atol=1e-4)
+    assert torch.equal(listed.active, (table.f > 0).sum(0)) and 0 < listed.active.sum() < 512 * FEATURES / 2
+
+
+def test_candidates_of_a_batch_are_enough_or_a_table_is_made(monkeypatch):
+    """A threshold from elsewhere may be far above what a batch has."""
+    monkeypatch.setattr(sparse_step, "SPARSE_BELOW", {torch.float32: 2.0})
+    trainer = training("batchtopk,k=2", lr=1e-9)
+    kept, found = trainer.sae.architecture.after_step, []
+    trainer.sae.architecture.after_step = lambda step: (kept(step), found.append(step))
+    batch = next(STREAM.batches(512))
+    trainer.one_step(batch)
+    trainer.sae.threshold *= 3
+    trainer.one_step(batch)
+    assert [torch.is_tensor(step.activations) for step in found] == [False, True]
+    torch.testing.assert_close(found[0].f, found[1].f, rtol=1e-4, atol=1e-4)
 
 
 # The peers' formulas, as the papers have them; `pre` is before the ReLU.
@@ -400,3 +435,37 @@ def test_a_variant_is_compared_with_the_baseline_of_its_architecture(tmp_path):
     theirs = record("0", "topk,k=16")
     assert baseline_of(mine).path == theirs.path == baseline_of(theirs).path and baseline_of(record("2")).path == plain.path
     with pytest.raises(SaenbError, match="no baseline .*saenb run orthogonality/0 .*--architecture gated"): baseline_of(without)
+
+
+def test_dictionaries_of_one_pass_are_what_they_would_be_alone(tmp_path):
+    """Also where the pass was stopped, and where they had come to different steps."""
+    kinds, read, options = ("topk,k=4", "batchtopk,k=8", "relu"), [], dict(steps=12, checkpoint_every=4)
+    class Counted(Stream):
+        def batches(self, *arguments):
+            for batch in super().batches(*arguments):
+                if len(batch) == 128: read.append(len(batch)) # and not what weights begin with
+                yield batch
+    def together(): return OnePass([training(kind, stream=stream, out=tmp_path/kind, **options) for kind in kinds])
+    alone = [training(kind, **options).fit(progress=False).fingerprint() for kind in kinds]
+    stream = Counted()
+    ahead, step = together(), Trainer.one_step
+    def stopped(self, batch):
+        if self.index == 9 and self.sae.cfg.architecture == "relu": raise InterruptedError
+        if self.index == 8 and self.sae.cfg.architecture == "relu": self.save = lambda: None
+        step(self, batch)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "one_step", stopped)
+        with pytest.raises(InterruptedError): ahead.fit(progress=False)
+    ahead.trainers[0].save() # of step 10, the others' are of step 8
+    assert len(read) == 10
+    again = together()
+    again.fit(progress=False)
+    assert len(read) == 14 and [t.sae.fingerprint() for t in again.trainers] == alone
+    with pytest.raises(SaenbError, match="one batch, one seed and one number of steps"): OnePass([training("relu"), training("relu", seed=1)])
+
+
+def test_what_a_pass_varies():
+    assert list(variants("topk", "k=4,8", (0, 2))) == ["k=4,seed=0", "k=4,seed=2", "k=8,seed=0", "k=8,seed=2"]
+    assert variants("relu", "lr=0.001")["lr=0.001"] == dict(architecture="relu", start=None, lr=0.001)
+    for each, said in (("kk=4", "setting to vary called 'kk'; did you mean k"), ("k=", "no values"), ("lr=fast", "'fast' is no lr")):
+        with pytest.raises(SaenbError, match=said): variants("topk", each)

@@ -184,7 +184,7 @@ def test_the_world_shows_itself(called, world):
     ("run orthogonality/0 --steps -5", ["--steps", "'-5'"]),
     ("run orthogonality/0 --steps many", ["--steps", "'many'"]),
     ("run orthogonality/0 --seed -1", ["seed"]),
-    ("reproduce orthogonalty", ["no experiment called 'orthogonalty'", "did you mean orthogonality"]),
+    ("reproduce orthogonalty", ["no experiment or run called 'orthogonalty'", "did you mean orthogonality"]),
     ("reproduce --preset gemma-2-2b --seeds 0", ["seeds"]),
     ("eval . --evals unlerning", ["no evaluation called 'unlerning'", "did you mean unlearning"]),
     ("eval .", ["holds no dictionary", "cfg.json"]),
@@ -236,8 +236,11 @@ def test_ctrl_c_is_one_sentence(beside, tmp_path, small):
 BRIEF = """\
 import os
 from dataclasses import replace
+from saenb.evals.exam import Grid
 from saenb.lab.preset_files import find_preset
-BRIEF = replace(find_preset(os.environ["SMALL"]), name="brief", shares="tiny", recorded=("unlearning", "entanglement"), d_sae=192)
+small = find_preset(os.environ["SMALL"])
+asked = replace(small.exam, grid=Grid(thresholds=(0.01,), n_features=(10, 30), multipliers=(8,), typical=True))
+BRIEF = replace(small, name="brief", shares="tiny", recorded=("unlearning", "entanglement"), d_sae=192, evals=small.evals | dict(unlearning=asked))
 """
 
 

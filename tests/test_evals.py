@@ -19,6 +19,12 @@ OTHERS = [name for name in evaluations() if name != "unlearning"] # which has te
 
 
 @pytest.fixture(scope="module")
+def setting(setting):
+    """With features at random drawn once, which says as much of what is common to all."""
+    return replace(setting, evals=setting.evals | dict(random_choice=replace(setting.evals["random_choice"], draws=1)))
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory): return tmp_path_factory.mktemp("judged")
 
 

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,9 @@ def holds_its_source(record, where):
 def test_the_wheel_holds_the_world_and_no_notebook_tools(wheel):
     assert (wheel/"saenb"/"assets"/"world"/"model"/"model.safetensors").exists() and (wheel/"saenb"/"assets"/"explorer.html").exists()
     requires = next(wheel.glob("saenb-*.dist-info/METADATA")).read_text()
+    assert (wheel/"saenb"/"py.typed").exists() and not list(wheel.rglob("_modidx*"))
+    assert "nbdev" not in next(wheel.glob("saenb-*.dist-info/entry_points.txt")).read_text()
+    assert not re.search(r"^Requires-Dist: (wandb|ray|gguf|tensorboard)[^;\n]*$", requires, re.MULTILINE) # not of a plain install
     assert "Requires-Dist: fastcore" in requires and "Requires-Dist: nbdev" not in requires.replace('; extra == "dev"', "").partition("nbdev")[0]
 
 

@@ -2,12 +2,16 @@
 import json
 import shutil
 
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
+
 from conftest import ROOT
 from saenb.base.files import write_json
 from saenb.report.experiments.contrastive_report import feature_thresholds
 from saenb.report.experiments.dual_objective_report import feature_importance
 from saenb.report.experiments.positional_report import hard_to_soft, position_masks, positional_fidelity, specialisation_retained
 from saenb.report.figures import figures_of
+from saenb.report.plots import run_style, smallest_letters, training_curves, unlearning_scores
 from saenb.report.figures import Material, at_a_glance, draw_figures, everything, last_of_log, side_by_side, switched_off, titled
 
 KEPT = ROOT/"runs"/"tiny-full"
@@ -30,7 +34,7 @@ def test_groups_are_drawn_with_their_values():
     material = Material(KEPT, "orthogonality")
     figure = side_by_side({"none": material.of(0), "basic": material.of(1)}, ["score", "selectivity"])
     for ax, key in zip(figure.axes, ("score", "selectivity")):
-        drawn = sorted(tuple(line.get_ydata()) for line in ax.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
+        drawn = sorted(tuple(line.get_xdata()) for line in ax.lines if len(line.get_xdata()) == 2 and line.get_color() == "0.7")
         assert drawn == sorted((a.unlearning[key], b.unlearning[key]) for a, b in zip(material.of(0), material.of(1)))
 
 
@@ -38,7 +42,7 @@ def test_a_measure_that_records_lack_is_left_out():
     """Records of the sweep in other worlds hold two evaluations only."""
     material = Material(ROOT/"runs"/"seed-0-full", "orthogonality")
     figure = side_by_side({"baseline": material.of(0)}, ["score", "absorption fraction", "L0"])
-    assert [ax.get_title() for ax in figure.axes] == ["score", "L0"]
+    assert [ax.get_title() for ax in figure.axes if ax.axison] == ["score", "L0"]
 
 
 def test_thresholds_are_those_of_the_runs(tmp_path):
@@ -50,13 +54,13 @@ def test_thresholds_are_those_of_the_runs(tmp_path):
         write_json(folder/"config.json", dict(run=dict(id=f"contrastive/{number}", title=f"Run {number}", mechanisms=mechanisms), preset="made", seed=0, variant=""))
         write_json(folder/"final_info.json", {})
         (folder/"train_log.jsonl").write_text(json.dumps(dict(step=20, loss=1.0) | last) + "\n")
-    heights = [[bar.get_height() for bar in ax.patches] for ax in feature_thresholds(Material(tmp_path, "contrastive")).axes]
+    heights = [[bar.get_width() for bar in ax.patches] for ax in feature_thresholds(Material(tmp_path, "contrastive")).axes]
     assert heights == [[0.01], [0.1], [0.25, 0.5]]
 
 
 def test_parts_switched_off_stand_beside_the_whole():
     material = Material(KEPT, "contrastive")
-    names = [label.get_text().replace("\n", " ") for label in switched_off(material).axes[0].get_xticklabels()]
+    names = [label.get_text().replace("\n", " ") for label in switched_off(material).axes[0].get_yticklabels()]
     assert names == ["Baseline SAE", "Adaptive Selection †", "Adaptive Selection without SideDivergence", "Hierarchical + MI †", "Hierarchical + MI † without SideDivergence"]
     assert switched_off(Material(KEPT, "orthogonality")) is None # of which nothing was switched off
 
@@ -107,7 +111,7 @@ def test_masks_are_shown_where_there_are_some(tmp_path):
     assert figure.axes[0].get_title() == "Run 1" and shown.filled(-1).tolist() == [[1, 0], [0, -1]]
     left, right = positional_fidelity(Material(tmp_path, "positional")).axes
     assert left.lines[0].get_ydata().tolist() == [1.0, 0.5, -0.25] and left.lines[0].get_xdata().tolist() == [0, 0.25, 0.5]
-    assert [t.get_text() for t in right.get_xticklabels()] == ["Run 0", "Run 1"]
+    assert [t.get_text() for t in right.get_yticklabels()] == ["Run 0", "Run 1"]
 
 
 def test_temperatures_stand_in_order_from_hard_to_none(tmp_path):
@@ -119,8 +123,8 @@ def test_temperatures_stand_in_order_from_hard_to_none(tmp_path):
     positional_record(tmp_path, 2, soft(0.1), score=0.2)
     positional_record(tmp_path, 3, soft(2.0), score=0.7, variant="temperature=2.0")
     ax = hard_to_soft(Material(tmp_path, "positional")).axes[0]
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["0 (hard)", "0.1", "0.5", "2", "no mask"]
-    assert [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "_"] == [0.1, 0.2, 0.4, 0.7, 0.9]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0 (hard)", "0.1", "0.5", "2", "no mask"]
+    assert [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "|"] == [0.1, 0.2, 0.4, 0.7, 0.9]
 
 
 def test_the_title_tells_when_runs_have_different_numbers_of_seeds(tmp_path):
@@ -153,13 +157,46 @@ def test_all_runs_stand_beside_their_baselines_and_the_controls(tmp_path):
 
 
 def test_every_runs_score_is_seen_at_a_glance(tmp_path):
-    ax = at_a_glance(KEPT).axes[0]
-    runs = [records for experiment in ("orthogonality", "positional", "contrastive", "dual_objective") for records in titled(Material(KEPT, experiment)).values()]
-    assert [bar.get_height() for bar in ax.patches] == [sum(r.unlearning["score"] for r in records) / len(records) for records in runs]
-    assert [sorted(line.get_ydata()) for line in ax.lines if line.get_marker() == "."] == [sorted(r.unlearning["score"] for r in records) for records in runs]
-    assert sum(line.get_marker() == "x" for line in ax.lines) == 29 and all(line.get_ydata()[0] == 0 for line in ax.lines if line.get_marker() == "x") # neither baselines nor static slicing stand in a log
+    """Every run by name, wide and on a phone; bars are means, dots are seeds, and intervals stay within the scores' range."""
+    named = {title: records for e in ("orthogonality", "positional", "contrastive", "dual_objective") for title, records in titled(Material(KEPT, e)).items()}
+    for phone, columns in ((False, 3), (True, 1)):
+        axes = at_a_glance(KEPT, phone=phone).axes
+        assert len(axes) == columns
+        bars = [p for ax in axes for p in ax.patches if isinstance(p, Rectangle) and p.get_height() < 1 and p.get_x() == 0]
+        shown = [t.get_text() for ax in axes for t in ax.get_yticklabels()]
+        assert set(named) <= set(shown) and len(bars) == len(shown) - 4 # but the experiments' names
+        assert {round(bar.get_width(), 9) for bar in bars} >= {round(sum(r.unlearning["score"] for r in records) / len(records), 9) for records in named.values()}
+        lines = [line for ax in axes for line in ax.lines]
+        assert all(0 <= min(line.get_xdata()) and max(line.get_xdata()) <= 1 for line in lines)
+        assert sum(line.get_marker() == "x" for line in lines) == 29 # neither baselines nor static slicing stand in a log
+        ends = [(ax.get_ylim()[0], max(bar.get_y() for bar in ax.patches if isinstance(bar, Rectangle) and bar.get_height() < 1)) for ax in axes]
+        assert all(low > last for low, last in ends)
     positional_record(tmp_path, 0)
     assert at_a_glance(tmp_path) is None
+
+
+def test_every_letter_is_read_on_a_phone():
+    """Nothing is smaller than 7 points where a picture is 380 pixels wide."""
+    small = {(e, name): size for e in ("orthogonality", "contrastive", "dual_objective", "positional") for name, draw in figures_of(e).items()
+             if (figure := draw(Material(KEPT, e))) and (size := smallest_letters(figure)) < 7}
+    assert not small and smallest_letters(at_a_glance(KEPT, phone=True)) >= 7 and smallest_letters(everything(KEPT)) >= 7
+
+
+def test_a_run_has_one_color_everywhere():
+    """Its experiment's hue, by its id alone: in curves and in bars."""
+    material = Material(KEPT, "contrastive")
+    for r in material.records:
+        color = run_style(r.run)["color"]
+        assert any(line.get_color() == color and line.get_label() == r.label for line in training_curves(material.records, ["reconstruction"]).axes[0].lines)
+        assert any(bar.get_facecolor()[:3] == to_rgb(color) for bar in unlearning_scores(material.records, []).axes[0].patches)
+    assert len({to_rgb(run_style(f"{e}/{n}")["color"]) for e in ("orthogonality", "positional") for n in range(1, 11)}) == 20
+
+
+def test_whole_losses_have_a_scale_each():
+    """A run's penalties make its loss a quantity of its own."""
+    figure = figures_of("contrastive")["training_losses"](Material(KEPT, "contrastive"))
+    drawn = [ax for ax in figure.axes if ax.lines]
+    assert [len(ax.lines) for ax in drawn] == [1] * 5 and len({ax.get_ylim() for ax in drawn}) > 2
 
 
 def test_routes_are_not_shown_as_masks(tmp_path):

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 
 from saenb.base.errors import SaenbError
-from saenb.data.harvest import harvest, stream_at, token_rows
+from saenb.data.harvest import harvest, harvest_layers, stream_at, token_rows
 from saenb.data.store import Store
 
 
@@ -145,3 +146,23 @@ def test_a_stream_that_is_not_finite_names_the_row(world, model, tmp_path):
     with (model.hooks(fwd_hooks=[("blocks.0.hook_out", hook)]),
           pytest.raises(SaenbError, match="not finite in row 0")):
         harvest(model, world.texts("train", 60), world.layer, tmp_path)
+
+
+def test_layers_from_one_pass_are_those_of_passes_of_their_own(model, world, tmp_path):
+    """Also where one of them is ahead of the other."""
+    texts, small = list(world.texts("train", limit=300)), dict(shard_bytes=2**19)
+    layers = 1, model.cfg.n_layers - 1
+    alone = {layer: harvest(model, texts, layer, tmp_path/f"alone_{layer}", **small) for layer in layers}
+    again = {layer: tmp_path/f"again_{layer}" for layer in layers}
+    for layer, out in again.items(): # what an interrupted harvest leaves
+        done, about = 2 - (layer > 1), alone[layer].about
+        assert len(alone[layer].shards) > 2
+        out.mkdir()
+        for shard in about["shards"][:done]: shutil.copy(alone[layer].path/shard["file"], out)
+        (out/"store.json").write_text(json.dumps(about | dict(shards=about["shards"][:done], finished=False)))
+    for outs in ({layer: tmp_path/f"new_{layer}" for layer in layers}, again):
+        made = harvest_layers(model, texts, outs, **small)
+        assert all(made[layer].about == alone[layer].about for layer in layers)
+    with pytest.raises(SaenbError, match="no stream at layer 99"):
+        harvest_layers(model, texts, {0: tmp_path/"none", 99: tmp_path/"more"})
+    assert not (tmp_path/"none").exists()

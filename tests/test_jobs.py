@@ -9,7 +9,7 @@ import pytest
 
 from conftest import ROOT
 from saenb.base.errors import SaenbError
-from saenb.lab.engines import run_parallel, cores
+from saenb.lab.engines import cores, run_parallel, waiting_asleep
 
 
 def test_each_job_is_told_with_its_place_when_it_ends():
@@ -21,6 +21,21 @@ def test_each_process_has_its_share_of_the_processor():
     shares = {n: {share for _, share in run_parallel(os.getenv, [("OMP_NUM_THREADS",)] * 2, n)}
               for n in (1, 2, 2 * cores())}
     assert shares == {1: {str(cores())}, 2: {str(max(1, cores() // 2))}, 2 * cores(): {"1"}}
+
+
+def test_threads_sleep_while_they_wait_unless_somebody_says_otherwise(monkeypatch):
+    """Those of a command, before torch is imported, and those of the processes that it starts."""
+    for given, policy in ((dict(), "passive"), (dict(OMP_WAIT_POLICY="active"), "active"), (dict(GOMP_SPINCOUNT="9"), None)):
+        for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"): monkeypatch.delenv(name, raising=False)
+        for name, value in given.items(): monkeypatch.setenv(name, value)
+        waiting_asleep()
+        assert os.getenv("OMP_WAIT_POLICY") == policy
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert {p for _, p in run_parallel(os.getenv, [("OMP_WAIT_POLICY",)], 1)} == {"passive"}
+    code = ("import atexit, os, sys; from saenb.cli import main; "
+            "atexit.register(lambda: print('torch' in sys.modules, os.getenv('OMP_WAIT_POLICY'))); main(['--help'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout.splitlines()[-1] == "False passive", done.stderr
 
 
 @pytest.mark.parametrize("make, job, error, words",

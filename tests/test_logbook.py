@@ -17,7 +17,7 @@ KEPT = ROOT/"runs"/"tiny-full"
 @pytest.mark.parametrize("experiment", experiments())
 def test_every_run_has_its_four_parts(experiment):
     log = run_log(Material(KEPT, experiment))
-    sections = re.split(r"^### Run ", log, flags=re.MULTILINE)[1:]
+    sections = re.split(r"^<details .*<summary>Run ", log, flags=re.MULTILINE)[1:]
     assert [s.split(":")[0] for s in sections] == [run.number for run in all_runs().values()
                                                    if run.experiment == experiment]
     for section, run in zip(sections, [r for r in all_runs().values() if r.experiment == experiment]):

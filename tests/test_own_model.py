@@ -20,9 +20,12 @@ from conftest import ROOT
 from saenb.base.errors import SaenbError
 from saenb.base.files import as_size, need_memory, read_json, write_json, write_tensors
 from saenb.cli import main
+from saenb.data.continuation import Examiner
+from saenb.data.sources import QuestionSource, TextSource, boot
 from saenb.data.store import Store
 from saenb.evals.autopsy import _reason
 from saenb.evals.dominant import directions_in
+from saenb.evals.exam import Exam, Grid, UnlearningSetup
 from saenb.evals.reconstruction import tally, unexplained, unexplained_apart
 from saenb.lab.preset_files import find_preset
 from saenb.lab.records import Record
@@ -225,6 +228,49 @@ def test_check_says_how_many_questions_are_known(here, preset, tmp_path):
     refused(here("run orthogonality/0 --preset my.toml --steps 3"), "knows no question of")
 
 
+def test_check_asks_the_sample_as_the_exam_does(here, preset, tmp_path):
+    """The answers are those that the model gives by continuation, so what it says the same in all wordings is known."""
+    examiner, known = Examiner(boot("model")), {}
+    for side in ("forget", "retain"):
+        rows = [json.loads(line) for line in (tmp_path/f"ask_{side}.jsonl").read_text().splitlines()]
+        known[side] = 0
+        for answer in range(4):
+            for row in rows: row["answer"] = answer if "done" not in row else row["answer"]
+            (tmp_path/f"said_{side}.jsonl").write_text("".join(json.dumps({k: v for k, v in row.items() if k != "done"}) + "\n" for row in rows))
+            found = examiner.find_known((QuestionSource("said", str(tmp_path/f"said_{side}.jsonl"), asked="continuation"),))["said"]
+            for i in found: rows[i]["done"] = True
+        known[side] = len(found)
+    assert min(known.values()) > 0
+    text = (tmp_path/"my.toml").read_text()
+    for old in ("# [questions]", "# forget = ", "# retain = ", "# asked = "): text = text.replace(old, old[2:])
+    (tmp_path/"my.toml").write_text(text.replace("questions_", "said_"))
+    out = here("check --preset my.toml")[1]
+    assert f"{known['forget']} of 6 to forget and {known['retain']} of 6 to retain" in out
+
+
+def test_known_questions_are_named_by_what_the_model_holds(home, tmp_path):
+    """Not by where its folder lies, nor by a part of its weights; a list that an earlier version named is still read."""
+    from safetensors.torch import load_file, save_file
+    for name in ("one", "two", "later"): shutil.copytree(home/"model", tmp_path/name)
+    weights = load_file(tmp_path/"later"/"model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"] *= 1.5
+    save_file(weights, tmp_path/"later"/"model.safetensors", metadata=dict(format="pt"))
+    corpora = {side: TextSource(str(home/f"{side}.txt"), side=side) for side in ("forget", "retain")}
+    asked = tuple(QuestionSource(f"ask_{side}", str(home/f"ask_{side}.jsonl"), asked="continuation") for side in ("forget", "retain"))
+    setup = UnlearningSetup(questions=asked, seq_len=32, dataset_size=2, **corpora)
+    def lists(): return sorted((tmp_path/"cache").glob("known_*.json"))
+    exams = {}
+    for name, count in (("one", 1), ("two", 1), ("later", 2)):
+        exams[name] = Exam(boot(tmp_path/name), setup, 1, cache=tmp_path/"cache")
+        assert len(lists()) == count
+    old = exams["one"]._list_of_known(tmp_path/"cache", "as it was").with_name("known_old.json")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("saenb.evals.exam.fingerprint", lambda value: "old" if value[0] == str(tmp_path/"one") else "new")
+        write_json(old, dict(model="one", known=dict(ask_forget=[0, 5], ask_retain=[1])))
+        assert exams["one"]._known(tmp_path/"cache") == dict(ask_forget=[0, 5], ask_retain=[1])
+        assert exams["two"]._list_of_known(tmp_path/"cache", "as it was").name == "known_new.json"
+
+
 # ------------------------------------------------------------------------------------------------ stopping
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -275,6 +321,29 @@ def test_weights_are_real_numbers(tmp_path, kind):
     sae.save(tmp_path)
     write_tensors(tmp_path/"sae_weights.safetensors", {k: v.to(kind) if k == "W_enc" else v for k, v in sae.state_dict().items()})
     with pytest.raises(SaenbError, match="holds a W_enc of (complex64|bool) numbers"): load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("score", 1.5, "score is 1.5"), ("score", -0.2, "score is -0.2"), ("selectivity", 7, "selectivity is 7"), ("reference_score", 2.0, "reference_score is 2.0"),
+    ("held_out", 1.01, "held_out is 1.01"), ("interval", [0.6, 0.4], "interval is an interval from 0.6 to 0.4"), ("interval", [0.2, 1.4], r"interval\[1\] is 1.4"),
+    ("held_out_interval", [-0.5, 0.4], r"held_out_interval\[0\] is -0.5"), ("selectivity_interval", [1, 0], "selectivity_interval is an interval from 1 to 0"),
+    ("best_at", {"0.99": 3.0}, "best_at.0.99 is 3.0"), ("best", dict(retain_threshold=0.01, multiplier=2, chosen=3, features=[1], retain_share=1.2, forget_share=0.5),
+                                                        "retain_share is 1.2")])
+def test_a_score_cannot_say_what_cannot_be(tmp_path, field, value, said):
+    folder = ROOT/"runs"/"tiny-full"/"orthogonality"/"run_1"/"seed_0"
+    shutil.copy(folder/"config.json", tmp_path)
+    result = read_json(folder/"evals"/"unlearning.json", "result")
+    (tmp_path/"evals").mkdir()
+    write_json(tmp_path/"evals"/"unlearning.json", dict(result, eval_result_unstructured=result["eval_result_unstructured"]))
+    assert Record(tmp_path).result()["eval_result_unstructured"]["score"] <= 1
+    result["eval_result_unstructured"][field] = value
+    write_json(tmp_path/"evals"/"unlearning.json", result)
+    with pytest.raises(SaenbError, match=f"unlearning.json.*{said}"): Record(tmp_path).result()
+
+
+@pytest.mark.parametrize("field, value", [("multipliers", 1e300), ("multipliers", 10**400), ("thresholds", 1e30), ("n_features", 2**60)])
+def test_a_grid_takes_nothing_that_its_record_would_refuse(field, value):
+    with pytest.raises(SaenbError, match=f"^{field} is [0-9e+.…]*; it has to be smaller.$"): Grid(**{field: (value,)})
 
 
 @pytest.mark.parametrize("field, value, said", [("interval", [0.9, 0.1], "interval from 0.9 to 0.1"), ("training_seconds", -1.0, "training_seconds is -1.0"),

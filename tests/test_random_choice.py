@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from saenb.base.schemas import schema_error
 from saenb.evals.controls import as_logged
-from saenb.evals.exam import FeatureStats, choose_features, feature_stats
+from saenb.evals.exam import FeatureStats, Grid, choose_features, feature_stats
 from saenb.evals.halves import held_out
 from saenb.evals.interventions.clamp import Clamp
 from saenb.evals.random_choice import RANDOM_CHOICE, RandomChoiceSetup, drawn_at_random, evaluate, shuffled
@@ -35,7 +35,8 @@ def test_every_order_is_as_likely():
 
 @pytest.fixture(scope="module")
 def setup(exam):
-    return RandomChoiceSetup(**{f.name: getattr(exam.setup, f.name) for f in fields(exam.setup)}, draws=2)
+    few = Grid(thresholds=(0.001, 0.01), n_features=(10, 30), multipliers=(8,), typical=True)
+    return RandomChoiceSetup(**{f.name: getattr(exam.setup, f.name) for f in fields(exam.setup)} | dict(grid=few), draws=2)
 
 
 def test_a_draw_is_the_exam_on_shuffled_features(exam, trained, setup):

@@ -99,10 +99,62 @@ def test_every_page_opens_wide_and_narrow(opened, site, pages):
 
 @needs_browser
 def test_the_search_finds_offline(opened, site):
+    """Words of the text, synonyms of a page's, and runs by their numbers."""
+    for query, page in (("clamp", "unlearning"), ("gpu", "presets"), ("cuda", "check"), ("orthogonality/3", "48_orthogonality_results"),
+                        ("contrastive 4", "55_contrastive_results"), ("dictionary learning", "18_sae")):
+        opened.goto((site/"search.html").as_uri() + f"?q={query}")
+        opened.wait_for_selector(f"#search-results li a[href*='{page}']") # results come one by one
     opened.goto((site/"search.html").as_uri() + "?q=clamp")
-    opened.wait_for_selector("#search-results li a[href*=unlearning]") # results come one by one
+    opened.wait_for_selector("#search-results li a[href*=unlearning]")
     opened.click("#search-results li a")
     assert "clamp" in opened.inner_text("main").lower()
+
+
+@needs_browser
+def test_reports_open_with_what_was_found(opened, site):
+    """Their code and their run logs are folded, and an address that leads to a run unfolds it."""
+    opened.set_viewport_size(dict(width=1400, height=900))
+    for page in ("48_orthogonality_results", "52_positional_results", "55_contrastive_results", "58_dual_objective_results"):
+        opened.goto((site/"3_ideas"/f"{page}.html").as_uri())
+        assert opened.inner_text("main h2").startswith("What was found")
+        assert not any(code.is_visible() for code in opened.query_selector_all("main .cell_input"))
+        assert opened.evaluate("document.documentElement.scrollHeight") < 15_000
+    opened.goto((site/"3_ideas"/"55_contrastive_results.html").as_uri() + "#run-3")
+    assert opened.eval_on_selector("#run-3", "e => e.open") and not opened.eval_on_selector("#run-4", "e => e.open")
+
+
+@needs_browser
+def test_the_sidebar_shows_parts_and_folds_them(opened, site):
+    opened.set_viewport_size(dict(width=1400, height=900))
+    opened.goto((site/"3_ideas"/"55_contrastive_results.html").as_uri())
+    parts = opened.query_selector_all(".bd-docs-nav li.toctree-l0")
+    assert len(parts) == 8 and [p.query_selector("details").get_attribute("open") is not None for p in parts].count(True) == 1
+    assert opened.eval_on_selector("link[rel=icon]", "e => e.href").endswith("favicon.svg")
+
+
+@needs_browser
+def test_signatures_are_shown_whole(opened, site):
+    opened.goto((site/"2_dictionary"/"24_trainer.html").as_uri())
+    beyond = opened.eval_on_selector_all(".signature pre", "all => all.map(e => e.scrollWidth - e.clientWidth)")
+    assert len(beyond) > 3 and max(beyond) <= 1 and "# what it is to explain" in opened.inner_text(".signature pre")
+
+
+@needs_browser
+def test_figures_turn_dark(opened, site):
+    opened.emulate_media(color_scheme="dark")
+    opened.goto((site/"3_ideas"/"55_contrastive_results.html").as_uri())
+    assert "invert" in opened.eval_on_selector("main .cell_output img", "e => getComputedStyle(e).filter")
+
+
+@needs_browser
+def test_a_phone_gets_its_own_first_picture(opened, site):
+    chosen = {}
+    for width in (390, 1280):
+        opened.set_viewport_size(dict(width=width, height=800))
+        opened.goto((site/"index.html").as_uri())
+        opened.wait_for_function("document.querySelector('main img').complete")
+        chosen[width] = opened.eval_on_selector("main img", "e => e.currentSrc")
+    assert chosen[390].endswith("_phone.png") and chosen[1280].endswith("at_a_glance.png")
 
 
 @needs_browser

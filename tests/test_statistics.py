@@ -13,8 +13,8 @@ from saenb.base.files import write_json
 from saenb.evals.evaluation import evaluation
 from saenb.evals.exam import FeatureStats, choose_features
 from saenb.evals.halves import (
-    Answers, answers_of, chosen, fact_draws, fact_numbers, held_out, held_out_fields, kept_answers, packed,
-    split_halves, unpacked)
+    Answers, answers_of, chosen, fact_draws, fact_numbers, held_out, held_out_fields, kept_answers, opened, packed,
+    split_halves, unpacked, wilson)
 from saenb.evals.unlearning import levels_from
 from saenb.lab.records import Record, over_seeds
 from saenb.lab.workspace import workspace
@@ -167,6 +167,32 @@ def test_intervals_stay_in_their_range_and_hold_the_mean(found):
 def test_an_interval_leaves_out_zero_where_p_is_below_5_percent(found):
     e = estimate(np.array(found), -1.0)
     if abs(e.p - 0.05) > 1e-6 and e.between > 1e-9: assert (e.low <= 0 <= e.high) == (e.p > 0.05)
+
+
+@given(st.floats(0, 1), st.integers(1, 500))
+def test_wilsons_interval_is_as_it_is_defined(value, count):
+    """Its ends are the shares from which the value lies 1.96 standard errors away."""
+    low, high = wilson(value, count)
+    assert 0 <= low <= value + 1e-9 and value - 1e-9 <= high <= 1
+    for end in (low, high):
+        if 0 < end < 1: assert (value - end)**2 == pytest.approx(1.96**2 * end * (1 - end) / count, abs=1e-9)
+
+
+def test_an_end_that_is_the_number_itself_is_wilsons():
+    assert opened(0.0, 0.0, 0.0, 100) == wilson(0.0, 100) and opened(1.0, 1.0, 1.0, 100) == pytest.approx(wilson(1.0, 100))
+    assert opened(0.3, 0.2, 0.4, 100) == (0.2, 0.4)
+    assert opened(0.3, 0.1, 0.3, 100) == (0.1, wilson(0.3, 100)[1]) and opened(0.3, -np.inf, np.inf, 100) == (-np.inf, np.inf)
+
+
+def test_runs_that_never_vary_are_still_uncertain(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = made_up_dictionary(0.0, rng).answers(rng)
+    untouched = Answers(np.ones_like(whole.right), whole.ran, whole.subject, whole.fact, whole.half)
+    runs = [[made_record(tmp_path, f"orthogonality/{n}", seed, untouched) for seed in range(3)] for n in (0, 1)]
+    count = len(np.unique(whole.fact[whole.forgets]))
+    score, difference = score_interval(runs[1]), difference_interval(runs[1], runs[0])
+    assert (score.low, score.high) == wilson(0.0, count) and 0 < score.high < 0.05
+    assert (difference.low, difference.high, difference.p) == (-score.high, score.high, 1.0)
 
 
 def test_coverage_is_near_95_percent():

@@ -13,7 +13,7 @@ from saenb.evals.controls import (as_logged, principal_components, supervised_re
                                   untrained)
 from saenb.data.questions import ORDERS, letter_tokens, question_prompt
 from saenb.evals.exam import REFERENCE, Exam, Grid, choose_features, feature_stats
-from saenb.evals.halves import answers_of, held_out
+from saenb.evals.halves import answers_of, held_out, wilson
 from saenb.evals.interventions.clamp import Clamp
 from saenb.evals.interventions.intervention import InterventionBatch, plain_answers
 from saenb.evals.unlearning import (
@@ -269,7 +269,9 @@ def test_the_interval_holds_the_score(seed):
     low, high = bootstrap(right, forgets, [0.99])
     assert (low <= 1 - right[:, :100].mean(1).min() + 1e-9 and high >= 1 - right[:, :100].mean(1).min() - 0.05
             and high - low < 0.3)
-    assert bootstrap(right[:0], forgets, [0.99]) == (0.0, 0.0)
+    untouched = bootstrap(np.ones_like(right), forgets, [0.99])
+    assert bootstrap(right[:0], forgets, [0.99]) == untouched == wilson(0.0, 100) and untouched[0] == 0 < untouched[1] < 0.04
+    assert bootstrap(np.tile(~forgets, (3, 1)), forgets, [0.99]) == pytest.approx((1 - untouched[1], 1.0))
 
 
 def test_a_dictionary_of_another_width(exam):

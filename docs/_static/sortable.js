@@ -1,7 +1,17 @@
 // Lets a click on a column's head sort the table's rows by the numbers that its cells hold; a second click turns the order round.
+// Tables whose rows name experiments can be narrowed to one. What is folded opens where an address leads into it.
+// Buttons that show words are called by these words.
 addEventListener("DOMContentLoaded", () => {
+  for (const e of document.querySelectorAll("details > summary[aria-label], button.search-button-field")) e.removeAttribute("aria-label");
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0], first = [...body.rows];
+    const around = document.createElement("div");
+    around.className = "scrolls";
+    around.tabIndex = 0;
+    around.setAttribute("role", "region");
+    around.setAttribute("aria-label", "Table");
+    table.before(around);
+    around.append(table);
     heads.forEach((head, column) => {
       const button = document.createElement("button");
       button.type = "button";
@@ -18,5 +28,23 @@ addEventListener("DOMContentLoaded", () => {
         }));
       });
     });
+    const names = new Set(first.flatMap(row => (row.dataset.experiments || "").split(" ").filter(Boolean)));
+    if (names.size < 2) continue;
+    const label = document.createElement("label"), choice = document.createElement("select");
+    label.className = "filter";
+    label.append("Experiment: ", choice);
+    for (const name of ["all", ...names]) choice.append(new Option(name.replaceAll("_", " "), name));
+    choice.addEventListener("change", () => {
+      for (const row of first) row.hidden = choice.value !== "all" && !row.dataset.experiments.split(" ").includes(choice.value);
+    });
+    around.before(label);
   }
+  const unfold = () => {
+    const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target) return;
+    for (let e = target; e; e = e.parentElement) if (e.tagName === "DETAILS") e.open = true;
+    target.scrollIntoView();
+  };
+  addEventListener("hashchange", unfold);
+  unfold();
 });

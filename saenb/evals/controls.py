@@ -97,8 +97,8 @@ def judged(exam: Exam, rows: list[dict]) -> dict:
     return (score_of(rows, exam, floor) | held_out_fields(answers, floor, levels)
             | dict(best_at={str(level): trade_off(points, level) for level in LEVELS}, best=None))
 
-def choices(exam: Exam, sae: SAE, seed: int = 0) -> dict[str, dict]:
+def choices(exam: Exam, sae: SAE, seed: int = 0, draws: int = 10) -> dict[str, dict]:
     "The controls that are no dictionaries: features at random, words alone, and the contextual reference."
     lists = {name: judged(exam, rows) for name, rows in word_lists(exam, seed).items()}
-    return {"matched random features": drawn_at_random(exam, sae, seed=seed), **lists,
+    return {"matched random features": drawn_at_random(exam, sae, draws, seed), **lists,
             "contextual reference": contextual_reference(exam)}

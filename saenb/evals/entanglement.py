@@ -8,6 +8,7 @@ __all__ = ['NAMES', 'SCHEMA', 'ENTANGLEMENT', 'EntanglementSetup', 'correlations
 
 # %% ../../nbs/4_evaluation/90_entanglement.ipynb #a3a2c5e1
 from dataclasses import dataclass
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -101,17 +102,19 @@ def table(result: dict) -> list[dict]:
             for k, name in NAMES.items()]
 
 def plot(named: dict[str, dict]) -> Figure:
-    "The correlations of each dictionary's densest features."
+    "The correlations of each dictionary's densest features, one picture each."
     columns = min(3, len(named))
     lines = -(-len(named) // columns)
-    fig = Figure(figsize=(1 + 2.7 * columns, 0.4 + 2.7 * lines), layout="constrained")
+    fig = Figure(figsize=(1.4 + 1.6 * columns, 0.6 + 2 * lines), layout="constrained")
     axes = fig.subplots(lines, columns, squeeze=False)
     for ax in axes.flat[len(named):]: ax.set_axis_off()
     for ax, (name, result) in zip(axes.flat, named.items()):
         matrix = np.array(result["eval_result_unstructured"]["correlations"] or [[0.0]])
         image = ax.imshow(matrix, cmap="bwr", vmin=-1, vmax=1)
         ax.set(xticks=[], yticks=[])
-        ax.set_title(name, fontsize=9)
+        ax.set_title(fill(name, 16))
+    fig.supxlabel("feature, densest first")
+    fig.supylabel("feature")
     fig.colorbar(image, ax=axes, shrink=0.8, label="correlation")
     return fig
 

@@ -16,8 +16,9 @@ import torch
 from fastcore.basics import patch
 
 from ..base.errors import SaenbError, check_range
-from ..base.files import fingerprint, read_if_valid
+from ..base.files import fingerprint, read_if_valid, tensors_digest
 from ..base.locks import cached_json
+from ..base.schemas import check_bound
 from ..data.harvest import stream_at
 from ..data.continuation import Examiner
 from ..data.questions import padded
@@ -39,7 +40,9 @@ class Grid:
         for name, low in dict(thresholds=0.0, n_features=1, multipliers=0.0).items():
             if not getattr(self, name):
                 raise SaenbError(f"The grid has no {name}, so there is nothing to try; give one or more.")
-            for value in getattr(self, name): check_range(name, value, low)
+            for value in getattr(self, name):
+                check_range(name, value, low)
+                check_bound(name, value)
 
 REFERENCE_INTERVENTION = "clamp" # SAEBench's
 REFERENCE = Grid() # SAEBench's settings, tuned for gemma-2-2b
@@ -118,20 +121,23 @@ class Exam(Examiner):
 
 # %% ../../nbs/4_evaluation/62_exam.ipynb #47955b74
 @patch
-def _weights(self: Exam):
-    "A number that changes with the model's weights."
-    return [round(p.double().sum().item(), 6) for p in itertools.islice(self.model.parameters(), 8)]
+def _list_of_known(self: Exam, cache, asked) -> Path:
+    "The file of the known questions, named by what is asked and by what the model holds."
+    def named(*model): return Path(cache)/f"known_{fingerprint([*model, asked])}.json"
+    sums = [round(p.double().sum().item(), 6) for p in itertools.islice(self.model.parameters(), 8)]
+    old = named(str(self.model.cfg.model_name), sums)
+    if old.exists(): return old
+    weights = {str(i): p.detach().cpu() for i, p in enumerate(self.model.parameters())}
+    return named(tensors_digest(weights), self.chat)
 
 @patch
 def _known(self: Exam, cache) -> dict[str, list[int]]:
     "For each subject the questions that are answered right under all orders, or in all wordings."
+    if not cache: return self.find_known(self.setup.questions)
     asked = ("question", "choices", "answer") # which fact a question is about changes no answer
     sources = [(s, [{k: row[k] for k in asked} for row in s.load()]) for s in self.setup.questions]
     ways = [[] if s.asked == "letters" else [s.wordings] for s in self.setup.questions]
-    name = fingerprint([str(self.model.cfg.model_name), self._weights(),
-                        [(s.subject, rows, *way) for (s, rows), way in zip(sources, ways)]])
-    if not cache: return self.find_known(self.setup.questions)
-    path = Path(cache)/f"known_{name}.json"
+    path = self._list_of_known(cache, [(s.subject, rows, *way) for (s, rows), way in zip(sources, ways)])
     shape = dict(known={s.subject: [range(len(rows))] for s, rows in sources})
     def find():
         return dict(model=str(self.model.cfg.model_name), known=self.find_known(self.setup.questions))

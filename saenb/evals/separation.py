@@ -219,7 +219,7 @@ def draw_importance(ax, histogram: dict, title: str):
     for side, color in dict(retain="tab:blue", forget="tab:orange").items():
         ax.stairs(histogram[side], LEAN, fill=True, alpha=0.5, color=color, label=side)
     ax.set(ylabel="importance", title=title)
-    ax.set_xlabel("retain only ← a feature leans → forget only", fontsize=8)
+    ax.set_xlabel("retain only ← a feature leans → forget only")
 
 # %% ../../nbs/4_evaluation/89_separation.ipynb #4b176a5f
 def separating(found: Active, forget: torch.Tensor, alive: torch.Tensor,
@@ -318,20 +318,22 @@ def table(result: dict) -> list[dict]:
 
 # %% ../../nbs/4_evaluation/89_separation.ipynb #eae13e88
 def plot(named: dict[str, dict]) -> Figure:
-    "Each dictionary's importance on both sides, and its features' AUROCs."
-    fig = Figure(figsize=(1 + 2.9 * len(named), 5), layout="constrained")
-    axes = fig.subplots(2, len(named), squeeze=False, sharey="row")
-    for (name, result), top, bottom in zip(named.items(), *axes):
+    "Each dictionary's importance on both sides, and its features' AUROCs, a line each."
+    fig = Figure(figsize=(6.2, 1.2 + 1.7 * len(named)), layout="constrained")
+    axes = fig.subplots(len(named), 2, squeeze=False, sharey="col", sharex="col")
+    for (name, result), (left, right) in zip(named.items(), axes):
         ours = result["eval_result_unstructured"]
         shared = f", overlap {ours['overlap'][0]:.2f}" if ours["overlap"] else ""
-        draw_importance(top, ours["importance"], name + shared)
+        draw_importance(left, ours["importance"], name + shared)
+        left.set_xlabel("")
         for what in ("tokens", "rows"):
-            bottom.stairs(np.array(ours[what]["histogram"]) / max(1, ours["alive"]), np.linspace(0, 1, 51),
-                          label=f"of {what}")
-        bottom.set(xlabel="AUROC", ylabel="share of features")
-    axes[0, 0].legend(fontsize=7)
-    axes[1, 0].legend(fontsize=7)
-    for ax in axes[:, 1:].flat: ax.set_ylabel("")
+            right.stairs(np.array(ours[what]["histogram"]) / max(1, ours["alive"]), np.linspace(0, 1, 51),
+                         label=f"AUROC of {what}", color="black" if what == "rows" else "tab:green")
+        right.set_ylabel("share of features")
+    axes[-1, 0].set_xlabel("retain only ← leans → forget only")
+    axes[-1, 1].set_xlabel("AUROC")
+    handles = [h for ax in axes[0] for h in ax.get_legend_handles_labels()[0]]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2)
     return fig
 
 # %% ../../nbs/4_evaluation/89_separation.ipynb #0861ece3

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..base.schemas import COUNT, only
+from ..base.schemas import COUNT, only, share, share_interval
 from .evaluation import Evaluation, Materials, as_saebench, check_dictionary
 from .exam import (
     QUICK_GRID, REFERENCE, REFERENCE_INTERVENTION, TINY_GRID, Exam, FeatureStats, UnlearningSetup,
     choose_features, feature_stats)
-from .halves import Answers, fact_numbers, held_out_fields, kept_answers, levels_from
+from .halves import (
+    Answers, fact_numbers, held_out_fields, kept_answers, levels_from, opened, wilson)
 from .interventions.intervention import INTERVENTIONS, Intervention, InterventionBatch
 from ..sae.sae import SAE
 
@@ -38,14 +39,16 @@ def selectivity(points: list[tuple[float, float]], lowest: float = 0.90) -> floa
 def bootstrap(right: np.ndarray, forgets: np.ndarray, levels, draws: int = 1000,
               seed: int = 0) -> tuple[float, float]:
     "A 95 % interval of the mean share forgotten, from a [settings, questions] table of right answers."
-    if not len(right): return 0.0, 0.0
+    if not len(right): return wilson(0.0, int(forgets.sum()))
     rng = np.random.default_rng(seed)
+    def lost(forget, retain):
+        return np.mean([1 - np.where(retain >= level - 1e-12, forget, 1).min(0) for level in levels], axis=0)
     def resampled(side):
         counts = rng.multinomial(side.sum(), np.full(side.sum(), 1 / side.sum()), size=draws)
         return right[:, side] @ counts.T / side.sum()
-    forget, retain = resampled(forgets), resampled(~forgets)
-    lost = np.mean([1 - np.where(retain >= level - 1e-12, forget, 1).min(0) for level in levels], axis=0)
-    return tuple(float(q) for q in np.quantile(lost, (0.025, 0.975)))
+    value = lost(*(right[:, side].mean(1) for side in (forgets, ~forgets)))
+    ends = np.quantile(lost(resampled(forgets), resampled(~forgets)), (0.025, 0.975))
+    return opened(value, *ends, int(forgets.sum()))
 
 # %% ../../nbs/4_evaluation/72_unlearning.ipynb #4902ec0b
 SETTING = ("retain_threshold", "n_features", "multiplier", "typical")
@@ -266,15 +269,15 @@ def described(setting: dict) -> str:
 # %% ../../nbs/4_evaluation/72_unlearning.ipynb #48c647b5
 # a setting has None for what its intervention does without
 BEST = dict(retain_threshold=(float, None), multiplier=(float, None), chosen=COUNT, features=[COUNT],
-            retain_share=float, forget_share=float)
-SHARES = {str(level): float for level in LEVELS} # what is forgotten at each retain level
-MAYBE_SHARE, MAYBE_INTERVAL = (float, None), ([float] * 2, None) # where there are questions enough for halves
+            retain_share=share, forget_share=share)
+SHARES = {str(level): share for level in LEVELS} # what is forgotten at each retain level
+MAYBE_SHARE, MAYBE_INTERVAL = (share, None), (share_interval, None) # where there are questions enough for halves
 HALVES = {"held_out": MAYBE_SHARE, "held_out_retain": MAYBE_SHARE, "held_out_interval": MAYBE_INTERVAL,
           "held_out_selectivity": MAYBE_SHARE, "held_out_selectivity_interval": MAYBE_INTERVAL,
-          "retain_floor": float, "lowest_retain": float,
+          "retain_floor": share, "lowest_retain": share,
           "answers": [(str, None)], "asked": {str: [COUNT]}, "facts?": {str: [COUNT]}, "half": str}
-SCHEMA = dict(score=float, interval=[float] * 2, reference_score=MAYBE_SHARE,
-              reference_interval=MAYBE_INTERVAL, selectivity=float, selectivity_interval=[float] * 2,
+SCHEMA = dict(score=share, interval=share_interval, reference_score=MAYBE_SHARE,
+              reference_interval=MAYBE_INTERVAL, selectivity=share, selectivity_interval=share_interval,
               best_at=only(SHARES), best=(BEST, None)) | HALVES
 
 UNLEARNING = Evaluation(

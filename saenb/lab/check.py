@@ -20,8 +20,9 @@ import torch
 
 from ..base.errors import SaenbError
 from ..base.files import as_size
+from ..data.continuation import Examiner
 from ..data.harvest import estimated_tokens, is_text, stream_at, token_rows
-from ..data.questions import ORDERS, Questioner, letter_tokens
+from ..data.questions import ORDERS, letter_tokens
 from ..data.sources import TextSource, boot, gated, reason
 from ..data.store import Batch
 from ..evals.dominant import DOMINANT, directions_in
@@ -266,7 +267,7 @@ def _known_of_a_sample(preset, model) -> list[Need]:
         model = boot(preset.answer_model, dtype=preset.model_dtype)
     first, *others = preset.exam.questions
     few = [_Few(first, ASKED), *(_Few(s, -(-ASKED // len(others))) for s in others)]
-    known = [len(v) for v in Questioner(model).find_known(few).values()]
+    known = [len(v) for v in Examiner(model).find_known(few).values()]
     asked = [len(s.load()) for s in few]
     found = (f"{known[0]} of {asked[0]} to forget and {sum(known[1:])} of {sum(asked[1:])} to retain, "
              "the first of each")

@@ -45,6 +45,8 @@ class Preset:
     store_dtype: str = "float32" # type of the stream on disk
     model_dtype: str = "float32" # type of the model's weights
     shares: str | None = None # the preset whose store it uses; None: its name without -full
+    controls: tuple[str, ...] = () # controls that `reproduce` judges; none means all
+    control_draws: int = 10 # choices of features at random
     # how a command names it, for hints: a name, a file or a folder
     called: str = field(default="", compare=False, repr=False)
 

@@ -42,37 +42,41 @@ def controls(
     steps: int | None = None, # the baseline's training length, if not the preset's
 ) -> dict:
     "Judge all controls of a preset, or find what was found; one entry a control."
-    path = Path(out)/find_preset(preset).name/"controls"/f"seed_{seed}.json"
+    preset = find_preset(preset)
+    path, names = (Path(out)/preset.name/"controls"/f"seed_{seed}.json",
+                   preset.controls or tuple(CONTROL_NAMES))
+    for name in names: lookup(name, CONTROL_NAMES, "control")
     def found():
         kept = read_json(path, "controls", CONTROLS_SHAPE, REMADE) if path.exists() else {}
-        return kept if kept.keys() >= CONTROL_NAMES.keys() else None
-    return cached_json(path, found, lambda: _judged_controls(preset, seed, out, steps))
+        return kept if kept.keys() >= set(names) else None
+    return cached_json(path, found, lambda: _judged_controls(preset, names, seed, out, steps))
 
 KEPT = ("held_out", "held_out_retain", "held_out_interval", "held_out_selectivity", "score", "interval",
         "reference_score", "selectivity", "best_at", "best", "headlines", "reason", "draws")
 
-def _judged_controls(preset, seed, out, steps):
-    "All controls, judged."
-    preset = find_preset(preset)
+def _judged_controls(preset, names, seed, out, steps):
+    "Some controls, judged."
     exam, store, baseline = (exam_of(preset, out), store_of(preset, out),
                              run(baseline_run(), preset, seed, out, steps).sae)
     x = store.rows(0, 2**15).x.float()
-    dictionaries = {"as logged": as_logged(baseline.cfg), "untrained": untrained(baseline.cfg, x, seed),
-                    "principal components": principal_components(baseline.cfg, x),
-                    "ceiling": supervised_reference(baseline.cfg, **corpus_activations(exam), seed=seed)}
+    makers = {"as logged": lambda: as_logged(baseline.cfg),
+              "untrained": lambda: untrained(baseline.cfg, x, seed),
+              "principal components": lambda: principal_components(baseline.cfg, x),
+              "ceiling": lambda: supervised_reference(baseline.cfg, **corpus_activations(exam), seed=seed)}
+    dictionaries = {name: make() for name, make in makers.items() if name in names}
     found, main = {}, next(name for name in preset.recorded if evaluation(name).summary)
     for name, d in dictionaries.items():
         results = evaluate_sae(d, preset, names=preset.recorded, out=out)
         found[name] = results[main]["eval_result_unstructured"]
         found[name]["headlines"] = {k: evaluation(k).headline(result) for k, result in results.items()}
-    found |= choices(exam, baseline, seed)
-    for name in ("as logged", "untrained"):
+    found |= choices(exam, baseline, seed, preset.control_draws)
+    for name in dictionaries.keys() & {"as logged", "untrained"}:
         found[name]["reason"] = autopsy(exam.model, dictionaries[name], exam.setup, exam)["reason"]
-    return {name: {k: v for k, v in found[name].items() if k in KEPT} for name in CONTROL_NAMES}
+    return {name: {k: v for k, v in found[name].items() if k in KEPT} for name in names}
 
 # %% ../../nbs/5_laboratory/102_reproduction.ipynb #59f41f97
 def reproduce(
-    experiments: list[str] = (), # some experiments; none means all
+    experiments: list[str] = (), # some experiments, or runs by their ids; none means all
     preset: str | Preset = "tiny", # the preset, or its name
     out: str | Path = "runs", # where records go
     figures: str | Path | None = None, # where figures go; with the records if not said
@@ -94,7 +98,7 @@ def reproduce(
         if isinstance(preset, str) and Path(preset).exists():
             preset = str(Path(preset).absolute())
     several = _engine(engine, this, jobs, out, address)
-    chosen = [r for r in all_runs().values() if not experiments or r.experiment in experiments]
+    chosen = [r for r in all_runs().values() if not experiments or {r.experiment, r.id} & set(experiments)]
     common, how = dict(preset=preset, out=out, steps=steps), dict(progress=several is None, track=track)
     records, work = _planned(chosen, this, seeds or this.seeds, common, how)
     one = engine == "processes" and len(work) == 1

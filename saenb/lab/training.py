@@ -48,6 +48,7 @@ def trainer(
     d_sae: int | None = None, # features; four times the stream's width by default
     shard: bool = False, # whether processes divide the features among themselves, rather than the tokens
     architecture: str | None = None, # of the dictionary; the run's own by default
+    start: int | None = None, # seed of the first weights; the training's own by default
     **training, # fields of TrainConfig; without steps or tokens, every token of the store is read once
 ) -> Trainer:
     "A process's part of one training."
@@ -59,17 +60,19 @@ def trainer(
     cfg, d_sae = TrainConfig(**run.training | training), 4 * store.d_in if d_sae is None else d_sae
     check_range("d_sae", d_sae, 1)
     ARCHITECTURES.named(kind)
-    model = store.about["texts"].get("model", store.about["model"]) # with a mark of its weights, if it has one
+    # with a mark of its weights, if it has one
+    model = store.about["texts"].get("model", store.about["model"])
     asked = {k: store.about[k] for k in ("preset",) if k in store.about}
     about = SAEConfig(store.d_in, d_sae, store.hook_name, store.layer, str(model),
-                      about=dict(run=run.id, seed=cfg.seed) | asked, architecture=kind)
+                      about=dict(run=run.id, seed=cfg.seed if start is None else start) | asked,
+                      architecture=kind)
     need_memory(training_memory(about.d_in, about.d_sae // (here.world if shard else 1),
                                 cfg.batch // here.world), "Training this dictionary")
     if here.leads:
         need_room(out, 16 * about.d_in * about.d_sae * 4, "Training this dictionary")
     together = here.world > 1 and (run.mechanisms or ARCHITECTURES.named(kind).whole_batch)
     sae = FeatureSAE(about, here) if shard else TokenSAE(about) if together else SAE(about)
-    sae.initialise(store.rows(0, 2**15).x, cfg.seed).to(here.device)
+    sae.initialise(store.rows(0, 2**15).x, about.about["seed"]).to(here.device)
     parts = (sae, store, [make_mechanism(name, settings, about) for name, settings in run.mechanisms],
              cfg, out)
     return (Trainer(*parts) if here.world == 1 else FeatureTrainer(here, *parts) if shard

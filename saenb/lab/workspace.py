@@ -28,9 +28,9 @@ def workspace() -> Path:
     return next((p for p in (here, *here.parents) if (p/"settings.ini").exists() and (p/"nbs").exists()),
                 here)/"runs"
 
-def committed_runs() -> Path:
-    "The records behind the committed figures, or those of the quick budget where there are none."
-    full = workspace()/"tiny-full"
+def committed_runs(preset: str = "tiny-full") -> Path:
+    "The committed records of a preset, or those of the quick budget where there are none."
+    full = workspace()/preset
     if find_records(full): return full
     reproduce([baseline_run().experiment], out=workspace())
     return workspace()/"tiny"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONDITIONS', 'COLUMNS', 'records_under', 'numbers', 'conditions', 'declared_changes', 'unlike', 'baseline_of',
            'compare', 'between', 'adjusted', 'as_csv', 'as_table', 'as_markdown', 'as_html', 'verdicts', 'differences',
-           'plot', 'write_comparison']
+           'folded', 'plot', 'write_comparison']
 
 # %% ../../nbs/5_laboratory/108_compare.ipynb #c18ea822
 import csv
@@ -14,17 +14,20 @@ import io
 import re
 from functools import lru_cache
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from ..base.errors import SaenbError, escape_markup
+from ..base.errors import SaenbError, escape_markup, shorten
 from ..base.files import file_stamp, fingerprint, write_text
 from ..evals.evaluation import as_text
 from ..evals.interventions.intervention import INTERVENTIONS
 from ..ideas.run import all_runs
 from ..lab.records import Record, over_seeds
-from .plots import keep
+from .plots import WIDE, keep, readable, run_style
 from .statistics import (
     HELD_OUT, benjamini_hochberg, difference_interval, has_answers, holm, score_interval)
 
@@ -92,8 +95,8 @@ def baseline_of(record: Record) -> Record:
         mine, theirs = (conditions(r)[name] for r in (record, base))
         raise SaenbError(
             f"{record.path} cannot be compared with its baseline {base.path}, since their "
-            f"{CONDITIONS[name]} differ ({mine} and {theirs}); delete one of them, and if it is the "
-            f"baseline, {_advice(record)}.")
+            f"{CONDITIONS[name]} differ ({shorten(mine)} and {shorten(theirs)}); delete one of "
+            f"them, and if it is the baseline, {_advice(record)}.")
     return base
 
 def _architecture(record) -> str | None:
@@ -119,7 +122,7 @@ def _preset_option(name) -> str:
     "The options that name a record's preset: its file, where one is here, and another intervention."
     INTERVENTIONS.load()
     other = next((i for i in INTERVENTIONS if name.endswith(f"-{i}")), None)
-    own = name.removesuffix(f"-{other}") if other else name
+    own = shorten(name.removesuffix(f"-{other}") if other else name)
     file = f"{own}.toml"
     return (f"--preset {file if Path(file).exists() else own}"
             + (f" --intervention {other}" if other else ""))
@@ -324,26 +327,36 @@ def differences(rows: list[dict], measures: list[str]) -> str:
              f"{len(asked) / 20:.1f} would by luck alone if there were none. Holm keeps {kept[0]} of "
              f"them, Benjamini-Hochberg {kept[1]}."])
 
+def folded(text: str) -> str:
+    "A list folded behind the sentence that it ends with."
+    *lines, last = text.splitlines()
+    return f'<details class="list"><summary>{last}</summary>\n\n' + "\n".join(lines) + "\n\n</details>"
+
 # %% ../../nbs/5_laboratory/108_compare.ipynb #3e31519d
+@readable
 def plot(rows: list[dict]) -> Figure:
     "Differences from the baseline, a panel a measure; filled after Holm, pale where worth following."
     shown = [r for r in rows if r["difference"] is not None]
     measures = list(dict.fromkeys(r["measure"] for r in shown))
-    runs = list(dict.fromkeys((r["run"], r["variant"]) for r in shown))
-    fig = Figure(figsize=(1.8 + 2.1 * max(1, len(measures)), 1.3 + 0.28 * len(runs)), layout="constrained")
-    for ax, measure in zip(np.atleast_1d(fig.subplots(1, max(1, len(measures)), sharey=True)), measures):
+    runs = {(r["run"], r["variant"]): f"{r['title']} {r['variant']}".strip() for r in shown}
+    columns = 2 if len(measures) in (2, 4) else 3
+    lines = -(-max(1, len(measures)) // columns)
+    fig = Figure(figsize=(WIDE, 0.5 + lines * (0.9 + 0.21 * len(runs))), layout="constrained")
+    axes = fig.subplots(lines, columns, sharey=True, squeeze=False)
+    for ax in axes.flat[len(measures):]: ax.set_axis_off()
+    for ax, measure in zip(axes.flat, measures):
         for r in (r for r in shown if r["measure"] == measure):
-            y = -runs.index((r["run"], r["variant"]))
+            y, color = list(runs).index((r["run"], r["variant"])), run_style(r["run"])["color"]
             if r["difference_low"] is not None:
-                ax.plot([r["difference_low"], r["difference_high"]], [y, y], color="tab:blue", lw=1.2)
-            ax.plot(r["difference"], y, "o", ms=5, color="tab:blue",
-                    mfc=_told(r, "tab:blue", "lightblue", "white") or "white")
+                ax.plot([r["difference_low"], r["difference_high"]], [y, y], color=color, lw=1.4)
+            pale = tuple(0.6 + 0.4 * c for c in to_rgb(color))
+            ax.plot(r["difference"], y, "o", ms=6, color=color, mfc=_told(r, color, pale, "white") or "white")
         ax.axvline(float(measure == "step seconds"), color="0.6", lw=0.8)
-        ax.set_title("step cost, times" if measure == "step seconds" else measure, fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.set_yticks([-i for i in range(len(runs))], [f"{run} {variant}".strip() for run, variant in runs])
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.supxlabel("difference from the baseline of the same seed", fontsize=8)
+        ax.set_title("step cost, times" if measure == "step seconds" else fill(measure, 15))
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.set_yticks(range(len(runs)), [fill(name, 22) for name in runs.values()])
+        ax.set_ylim(len(runs) - 0.4, -0.6)
+    fig.supxlabel("difference from the baseline of the same seed")
     return fig
 
 def write_comparison(rows: list[dict], folder: str | Path) -> list[Path]:

@@ -6,6 +6,7 @@
 __all__ = ['ORDINARY', 'JUDGED', 'REPORTED', 'run_section', 'run_log', 'write_logs']
 
 # %% ../../nbs/5_laboratory/111_logbook.ipynb #48531b48
+import html
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,8 +141,12 @@ def run_section(material: Material, number: str) -> str:
 
 # %% ../../nbs/5_laboratory/111_logbook.ipynb #bf8f17f3
 def run_log(material: Material) -> str:
-    "All runs of an experiment, one section each."
-    return "\n\n".join(run_section(material, number)
+    "All runs of an experiment, each folded behind its number and title."
+    def folded(number):
+        head, body = run_section(material, number).removeprefix("### ").split("\n", 1)
+        return (f'<details class="run" id="run-{number}"><summary>{html.escape(head)}</summary>\n'
+                f"{body}\n\n</details>")
+    return "\n\n".join(folded(number)
                        for number in dict.fromkeys(r.run.split("/")[1] for r in material.records))
 
 def write_logs(root: str | Path) -> list[Path]:

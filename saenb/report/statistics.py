@@ -8,14 +8,15 @@ __all__ = ['FREEDOM', 'HELD_OUT', 'replicated', 'Estimate', 'parts', 'estimate',
            'benjamini_hochberg', 'rank_correlation']
 
 # %% ../../nbs/4_evaluation/91_statistics.ipynb #396d8099
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from ..base.errors import SaenbError, check_range
 from ..base.files import file_stamp
-from ..evals.halves import Answers, answers_of, fact_draws, held_out, levels_from, whole
+from ..evals.halves import (
+    Answers, answers_of, fact_draws, facts_asked, held_out, levels_from, opened, whole, wilson)
 from ..lab.records import Record
 
 # %% ../../nbs/4_evaluation/91_statistics.ipynb #4df45e8c
@@ -109,9 +110,12 @@ def replicates_of(records: list[Record], measure: str = HELD_OUT[0], draws: int 
     return np.array([_replicates(r, measure, draws, file_stamp(r.path/"evals"/f"{r.main}.json"))
                      for r in records])
 
+# %% ../../nbs/4_evaluation/91_statistics.ipynb #ae180434
 def score_interval(records: list[Record], measure: str = HELD_OUT[0]) -> Estimate:
     "A run's held-out score over its seeds' records."
-    return estimate(replicates_of(records, measure))
+    found = estimate(replicates_of(records, measure))
+    low, high = opened(found.value, found.low, found.high, _facts(records))
+    return replace(found, low=low, high=high)
 
 def difference_interval(records: list[Record], others: list[Record], measure: str = HELD_OUT[0]) -> Estimate:
     "The mean difference of pairs of records, as of a run and its baseline with the same seeds."
@@ -120,7 +124,14 @@ def difference_interval(records: list[Record], others: list[Record], measure: st
             f"Seeds {[r.seed for r in records]} cannot be paired with {[r.seed for r in others]}; "
             "give records of the same seeds in the same order.")
     found = replicates_of([*records, *others], measure)
-    return estimate(found[:len(records)] - found[len(records):], lowest=-1.0)
+    found = estimate(found[:len(records)] - found[len(records):], lowest=-1.0)
+    if found.value or found.low < found.high: return found
+    _, width = wilson(0.0, _facts(records)) # no seed and no draw differs
+    return replace(found, low=-width, high=width)
+
+def _facts(records) -> int:
+    "How many facts the first of some records is to forget."
+    return facts_asked(answers_of(records[0].result()))
 
 # %% ../../nbs/4_evaluation/91_statistics.ipynb #665c60b1
 @dataclass(frozen=True)

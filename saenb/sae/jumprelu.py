@@ -11,6 +11,7 @@ from fastcore.basics import patch
 
 from ..base.errors import check_range, lookup
 from .architectures import LOGS_WIDTH, ReLU
+from .listed_step import Listing
 
 # %% ../../nbs/2_dictionary/29_jumprelu.ipynb #89656318
 def near(z, threshold, width):
@@ -18,7 +19,7 @@ def near(z, threshold, width):
     return ((z - threshold).abs() < width / 2) & (z > 0)
 
 class Jump(torch.autograd.Function):
-    "Activations [n, d_sae] above their thresholds [d_sae]."
+    "Activations [n, d_sae] above their thresholds [d_sae], or a list of them above as many thresholds."
     @staticmethod
     def forward(ctx, z, threshold, width):
         ctx.save_for_backward(z, threshold)
@@ -28,28 +29,29 @@ class Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         z, threshold = ctx.saved_tensors
-        banded = (gradient * near(z, threshold, ctx.width)).flatten(0, -2).sum(0)
+        banded = (gradient * near(z, threshold, ctx.width)).sum_to_size(threshold.shape)
         return torch.where(z > threshold, gradient, 0), -threshold / ctx.width * banded, None
 
 class Count(torch.autograd.Function):
     "How many activations of a token are above their thresholds, on average."
     @staticmethod
-    def forward(ctx, z, threshold, width):
+    def forward(ctx, z, threshold, width, tokens):
         ctx.save_for_backward(z, threshold)
-        ctx.width = width
-        return (z > threshold).sum() / len(z)
+        ctx.width, ctx.tokens = width, tokens
+        return (z > threshold).sum() / tokens
 
     @staticmethod
     def backward(ctx, gradient):
         z, threshold = ctx.saved_tensors
-        return None, -gradient / ctx.width * near(z, threshold, ctx.width).sum(0) / len(z), None
+        banded = near(z, threshold, ctx.width).to(z.dtype).sum_to_size(threshold.shape)
+        return None, -gradient / ctx.width * banded / ctx.tokens, None, None
 
 # %% ../../nbs/2_dictionary/29_jumprelu.ipynb #e8123c7a
 # the activation, in units of the stream's scale, that is charged by an L1 penalty as an active feature here
 UNIT = 0.1
 STEEP = 4.0 # of the tanh
 
-class JumpReLUArchitecture(ReLU):
+class JumpReLUArchitecture(Listing, ReLU):
     "Activations above a threshold that each feature learns, and a penalty for each that is."
     name = "jumprelu"
     # width of the band and first threshold, in units of the stream's scale; l0 or tanh
@@ -68,27 +70,39 @@ class JumpReLUArchitecture(ReLU):
         sae.threshold[which] = self.start * sae.cfg.scale
 
     def select(self, sae, f, raw):
-        if sae.training: self.gated = f
+        if sae.training: self.gated = f, sae.threshold
         return Jump.apply(f, sae.threshold, self.bandwidth * sae.cfg.scale)
 
-    def support(self, trainer, f, gated):
-        "Thresholds have gradients of what lies just below them, too."
-        sae = trainer.sae
-        return torch.where(gated > sae.threshold - self.bandwidth * sae.cfg.scale / 2, gated, 0)
+    def candidates(self, sae, z):
+        "Also what lies just below a threshold, which its gradient needs."
+        border = sae.threshold - self.bandwidth * sae.cfg.scale / 2
+        return (z > border.clamp_min(0)).nonzero(as_tuple=True)
 
-    def after_step(self, step):
-        "A threshold below zero would be the same as zero."
-        super().after_step(step)
-        step.sae.threshold.clamp_(min=0)
+    def passed(self, sae, values, places):
+        self.gated = values, sae.threshold[places.feature]
+        return Jump.apply(*self.gated, self.bandwidth * sae.cfg.scale)
+
+# %% ../../nbs/2_dictionary/29_jumprelu.ipynb #aa290001
+@patch
+def support(self: JumpReLUArchitecture, trainer, f, gated):
+    "Thresholds have gradients of what lies just below them, too."
+    sae = trainer.sae
+    return torch.where(gated > sae.threshold - self.bandwidth * sae.cfg.scale / 2, gated, 0)
+
+@patch
+def after_step(self: JumpReLUArchitecture, step):
+    "A threshold below zero would be the same as zero."
+    ReLU.after_step(self, step)
+    step.sae.threshold.clamp_(min=0)
 
 # %% ../../nbs/2_dictionary/29_jumprelu.ipynb #cb20c244
 @patch
 def losses(self: JumpReLUArchitecture, step) -> dict[str, torch.Tensor]:
     "The penalty for active features."
-    sae, cfg = step.sae, step.sae.cfg
+    cfg = step.sae.cfg
     if self.penalty == "tanh":
         active = torch.tanh(STEEP * cfg.d_in**0.5 / cfg.scale * step.f).sum(1).mean()
     else:
-        active = Count.apply(self.gated, sae.threshold, self.bandwidth * cfg.scale)
+        active = Count.apply(*self.gated, self.bandwidth * cfg.scale, len(step.x))
     weight = step.trainer.sparsity_weight(step.index) * (LOGS_WIDTH / cfg.d_in)**0.5
     return dict(sparsity=weight * UNIT * active)

@@ -33,13 +33,16 @@ def weighted_sums(
 class Active:
     "Where activations are not zero."
     def __init__(self, f: torch.Tensor):
-        self.shape = f.shape
-        self.token, self.feature = f.nonzero(as_tuple=True)
-        order = self.feature.argsort(stable=True)
-        self.token_in_order, self.feature_in_order = self.token[order], self.feature[order]
+        self.place(f.shape, *f.nonzero(as_tuple=True))
+
+    def place(self, shape, token, feature):
+        "Entries of a matrix [tokens, features], sorted by token."
+        self.shape, self.token, self.feature = shape, token, feature
+        self.order = feature.argsort(stable=True)
+        self.token_in_order, self.feature_in_order = token[self.order], feature[self.order]
         # entries of each
         self.tokens, self.features = (which.bincount(minlength=count)
-                                      for which, count in zip((self.token, self.feature), f.shape))
+                                      for which, count in zip((token, feature), shape))
 
     def of(self, matrix):
         "A matrix' entries [tokens, features] where activations are, in the features' order."

@@ -10,19 +10,18 @@ import torch
 
 from ..base.errors import check_range
 from .architectures import ReLU
+from .listed_step import Listing
 
 # %% ../../nbs/2_dictionary/27_topk.ipynb #e26e5e71
 def auxiliary_loss(
     step, # the step under way
-    f: torch.Tensor, # activations before any is selected [n, d_sae]
+    dead: torch.Tensor, # which features are dead
+    f: torch.Tensor, # their activations before any is selected [n, dead]
     weight: float, # of the loss
 ) -> torch.Tensor:
     "How badly the strongest dead features of each token explain what the reconstruction leaves."
     sae = step.sae
-    dead = step.trainer.dead.nonzero().squeeze(1)
-    dead = dead[dead < sae.n_active]
     if not len(dead): return step.reconstruction.new_zeros(())
-    f = f.index_select(1, dead)
     top = f.topk(min(sae.cfg.d_in // 2, len(dead)), dim=1, sorted=False)
     strongest = torch.zeros_like(f).scatter(1, top.indices, top.values)
     with step.trainer.products(sae.cfg.d_in, sae.cfg.d_sae):
@@ -31,7 +30,7 @@ def auxiliary_loss(
     return weight * (missing - explained).pow(2).sum() / len(missing) / sae.cfg.scale**2
 
 # %% ../../nbs/2_dictionary/27_topk.ipynb #463b92e3
-class TopKArchitecture(ReLU):
+class TopKArchitecture(Listing, ReLU):
     "The k strongest activations of each token, and AuxK for dead features."
     name = "topk"
     defaults = dict(k=32, aux=1 / 32) # active features a token, weight of AuxK
@@ -50,9 +49,22 @@ class TopKArchitecture(ReLU):
         top = f.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(f).scatter(-1, top.indices, top.values)
 
+    def candidates(self, sae, z):
+        top = z.topk(self.k, dim=1, sorted=False)
+        token, at = (top.values > 0).nonzero(as_tuple=True)
+        return token, top.indices[token, at]
+
+    def asked(self, trainer):
+        "Dead features that are at work."
+        dead = trainer.dead.nonzero().squeeze(1)
+        return dead[dead < (trainer.sae.n_active if self.aux else 0)]
+
     def losses(self, step):
         "AuxK."
-        return dict(auxk=auxiliary_loss(step, self.gated, self.aux)) if self.aux else {}
+        if not self.aux: return {}
+        dead, f = self.asked(step.trainer), self.gated
+        if torch.is_tensor(step.activations): f = f.index_select(1, dead)
+        return dict(auxk=auxiliary_loss(step, dead, f, self.aux))
 
     def support(self, trainer, f, gated):
         "Dead features have gradients of AuxK."

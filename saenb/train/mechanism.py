@@ -7,6 +7,7 @@ __all__ = ['Mechanism', 'Step']
 
 # %% ../../nbs/2_dictionary/23_mechanisms.ipynb #71563062
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -27,12 +28,17 @@ class Step:
     index: int # number of the step, from 0
     sae: SAE # the dictionary
     batch: Batch # the tokens, with position, side, token and sequence
-    f: torch.Tensor # activations [n, d_sae]
+    activations: object # as a table, or as a list of what is kept
     reconstruction: torch.Tensor # [n, d_in]
     losses: dict # terms of the loss so far, by name
     trainer: object # the Trainer, for its optimiser, its generator and its configuration
     active: torch.Tensor | None = None # tokens on which each feature is active, known once weights have moved
     sums: torch.Tensor | None = None # of each token's activations [n, 1]
+
+    @cached_property
+    def f(self):
+        "Activations [n, d_sae]."
+        return self.activations if torch.is_tensor(self.activations) else self.activations.table()
 
     @property
     def x(self):

@@ -254,29 +254,57 @@ def _change_places(self: Trainer):
     for m in self.with_hook("reorder"): m.reorder(self._order)
     self._order = None
 
-# %% ../../nbs/2_dictionary/24_trainer.ipynb #3cd855a4
+# %% ../../nbs/2_dictionary/24_trainer.ipynb #aa240001
 @patch
-def fit(self: Trainer, progress: bool = True) -> SAE:
-    "Train to the end, from the checkpoint if there is one."
+def begin(self: Trainer):
+    "Get ready for steps, from the checkpoint if there is one."
     hold_memory()
     if self.out: self.out.mkdir(parents=True, exist_ok=True)
     self.resume()
     if self.out: (self.out/LOG).touch()
+    self._since = time.perf_counter()
+
+@patch
+def _count_time(self: Trainer):
+    "Add the time since a training began, or since this was last done."
+    now = time.perf_counter()
+    self.seconds, self._since = self.seconds + now - self._since, now
+
+@patch
+def take(self: Trainer, batch: Batch):
+    "One step, and the log and the checkpoint where they are due."
+    self.one_step(batch)
+    last = self.index == self.steps
+    if self.index % self.cfg.log_every == 0 or last: self.flush()
+    if self.out and (self.index % self.cfg.checkpoint_every == 0 or last):
+        self._count_time()
+        self.save()
+
+@patch
+def end(self: Trainer) -> SAE:
+    "The dictionary, as it is used."
+    self._count_time()
+    self.sae.cfg.training_steps = self.index
+    return self.sae.eval()
+
+# %% ../../nbs/2_dictionary/24_trainer.ipynb #3cd855a4
+@patch
+def ready(self: Trainer, batch: Batch) -> Batch:
+    "A batch as steps take it."
+    return Batch(**vars(batch) | dict(x=batch.x.float())).to(self.sae.device)
+
+@patch
+def fit(self: Trainer, progress: bool = True) -> SAE:
+    "Train to the end, from the checkpoint if there is one."
+    self.begin()
     batches = (self.store.batches(self.cfg.batch, self.cfg.seed, self.index, self.cfg.balanced)
                if self.index < self.steps else ())
     with tqdm(total=self.steps, initial=self.index, desc="train", unit="step", disable=not progress) as bar:
-        began = time.perf_counter()
         for batch in batches:
-            self.one_step(Batch(**vars(batch) | dict(x=batch.x.float())).to(self.sae.device))
+            logged = len(self.history)
+            self.take(self.ready(batch))
             bar.update()
-            if self.index % self.cfg.log_every == 0 or self.index == self.steps:
-                self.flush()
+            if len(self.history) > logged:
                 bar.set_postfix(loss=f"{self.history[-1]['loss']:.4f}", l0=f"{self.history[-1]['l0']:.1f}")
-            if self.out and (self.index % self.cfg.checkpoint_every == 0 or self.index == self.steps):
-                now = time.perf_counter()
-                self.seconds, began = self.seconds + now - began, now
-                self.save()
             if self.index >= self.steps: break
-        self.seconds += time.perf_counter() - began
-    self.sae.cfg.training_steps = self.index
-    return self.sae.eval()
+    return self.end()

@@ -9,14 +9,17 @@ __all__ = ['feature_thresholds', 'feature_groups']
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ...evals.evaluation import evaluation
 from ...ideas.clusters import in_order
 from ...ideas.contrastive import CONTRASTIVE
 from ...lab.records import setting_of
 from ..figures import Material, named, switched_off, titled
+from ..plots import WIDE, readable, run_style
 
 # %% ../../../nbs/3_ideas/54_contrastive_report.ipynb #9378c1bb
+@readable
 def feature_thresholds(material: Material) -> Figure | None:
     "Each variant's importance threshold with the share it pruned, and its correlation threshold."
     runs = titled(material)
@@ -24,24 +27,24 @@ def feature_thresholds(material: Material) -> Figure | None:
     declared = lambda records: setting_of(records[0], "threshold")
     last = lambda records, term: [r.log[-1][term]
                                   for r in records if r.log and r.log[-1].get(term) is not None]
-    fig = Figure(figsize=(10, 3.3), layout="constrained")
-    axes = fig.subplots(1, 3)
+    fig = Figure(figsize=(WIDE, 1.5 + 0.3 * len(runs)), layout="constrained")
+    axes = fig.subplots(1, 3, sharey=True)
     for i, records in enumerate(runs.values()):
         values = ([declared(records)] if declared(records) is not None else [],
                   last(records, "ImportantFeatures.pruned"), last(records, "ContrastiveGroups.threshold"))
         for ax, found in zip(axes, values):
             if found:
-                ax.bar(i, np.mean(found), color="tab:blue", width=0.7)
+                ax.barh(i, np.mean(found), color=run_style(records[0].run)["color"], height=0.7)
             else:
-                ax.annotate("none", (i, 0), ha="center", va="bottom", fontsize=7, color="0.5")
+                ax.annotate("none", (0, i), ha="left", va="center", color="0.4")
             if len(found) > 1:
-                ax.scatter([i] * len(found), found, color="black", s=8, zorder=3)
-    for ax, name in zip(axes, ("importance threshold", "share of features pruned at the end",
-                               "correlation threshold at the end")):
-        ax.set_title(name, fontsize=9)
+                ax.plot(found, [i] * len(found), "o", ms=3, color="black", zorder=3)
+    for ax, name in zip(axes, ("importance\nthreshold", "share pruned\nat the end",
+                               "correlation\nthreshold\nat the end")):
+        ax.set_title(name)
+        ax.xaxis.set_major_locator(MaxNLocator(2))
         named(ax, runs)
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(material.title, fontsize=9)
+    fig.suptitle(material.title, wrap=True)
     return fig
 
 # %% ../../../nbs/3_ideas/54_contrastive_report.ipynb #d6c039e6
@@ -56,7 +59,7 @@ def feature_groups(material: Material) -> Figure | None:
         order = in_order(matrix)
         found[r.label] = dict(
             eval_result_unstructured=dict(correlations=matrix[order][:, order].tolist()))
-    return evaluation("entanglement").plot(found) if found else None
+    return readable(evaluation("entanglement").plot)(found) if found else None
 
 # %% ../../../nbs/3_ideas/54_contrastive_report.ipynb #586adde3
 CONTRASTIVE.figures.update(

@@ -12,6 +12,7 @@ from ...evals.evaluation import evaluation
 from ...evals.separation import draw_importance
 from ...ideas.dual_objective import DUAL_OBJECTIVE
 from ..figures import Material
+from ..plots import WIDE, readable
 
 # %% ../../../nbs/3_ideas/57_dual_objective_report.ipynb #3d3aff4f
 def separations(material: Material) -> dict[str, dict]:
@@ -20,22 +21,25 @@ def separations(material: Material) -> dict[str, dict]:
     return {r.label: r.result("separation")
             for r in material.records if r.seed == first and "separation" in r.evaluations}
 
+@readable
 def feature_importance(material: Material) -> Figure | None:
     "Both sides' importance in the baseline and in the last run."
     found = separations(material)
     if len(found) < 2: return None
-    fig = Figure(figsize=(8, 3), layout="constrained")
+    fig = Figure(figsize=(WIDE, 3.2), layout="constrained")
     for ax, title in zip(fig.subplots(1, 2, sharey=True), (list(found)[0], list(found)[-1])):
         draw_importance(ax, found[title]["eval_result_unstructured"]["importance"], title)
-    fig.axes[0].legend(fontsize=8)
-    fig.suptitle(material.title, fontsize=9)
+        ax.set_xlabel("retain only ← leans → forget only")
+    fig.axes[1].set_ylabel("")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle(material.title, wrap=True)
     return fig
 
 # %% ../../../nbs/3_ideas/57_dual_objective_report.ipynb #38e2f4e2
 def feature_separation(material: Material) -> Figure | None:
     "How far features and their importance separate the sides, in each run."
     found = separations(material)
-    return evaluation("separation").plot(found) if found else None
+    return readable(evaluation("separation").plot)(found) if found else None
 
 # %% ../../../nbs/3_ideas/57_dual_objective_report.ipynb #5645e25b
 DUAL_OBJECTIVE.figures.update(

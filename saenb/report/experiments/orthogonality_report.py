@@ -13,6 +13,7 @@ from math import comb
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.optimize import linear_sum_assignment
 
 from ...data.store import Store
@@ -23,6 +24,7 @@ from ...ideas.run import Analysis, Run, find_run
 from ...lab.records import Record, over_seeds, setting_of
 from ..compare import baseline_of, numbers
 from ..figures import Material, losses, named, side_by_side, titled
+from ..plots import WIDE, readable, run_style
 from ...sae.gates import make_mechanism
 from ...sae.sae import SAE
 from ...train.config import TrainConfig
@@ -30,11 +32,13 @@ from ...train.trainer import Trainer
 
 # %% ../../../nbs/3_ideas/47_orthogonality_report.ipynb #be240ace
 def feature_correlations(material: Material, last: int = 6) -> Figure | None:
-    "The densest features' correlations in the last runs, one seed each."
+    "The densest features' correlations in the baseline and the last runs, one seed each."
     first = min(r.seed for r in material.records)
     found = {r.label: r.result("entanglement")
              for r in material.records if r.seed == first and "entanglement" in r.evaluations}
-    return evaluation("entanglement").plot(dict(list(found.items())[-last:])) if found else None
+    shown = list(found.items())
+    shown = shown[:1] * (len(shown) > last) + shown[-last:] # the baseline beside them
+    return readable(evaluation("entanglement").plot)(dict(shown)) if found else None
 
 # %% ../../../nbs/3_ideas/47_orthogonality_report.ipynb #7a773964
 def fixed_or_adaptive(material: Material) -> Figure | None:
@@ -59,56 +63,59 @@ def share_of_pairs(material: Material) -> Figure | None:
                         material.title, "share of pairs that is charged")
 
 # %% ../../../nbs/3_ideas/47_orthogonality_report.ipynb #ac234413
+@readable
 def absorption(material: Material) -> Figure | None:
     "How much less absorption than the baseline, and that for each baseline's worth of training cost."
     cost = material.analysis("step_cost")
     runs = {title: records for title, records in titled(material).items() if records[0].run in (cost or {})
             and not records[0].run.endswith("/0") and "absorption fraction" in numbers(records[0])}
     if not runs: return None
-    fig = Figure(figsize=(9.5, 3.4), layout="constrained")
-    for ax, per_cost in zip(fig.subplots(1, 2), (False, True)):
+    fig = Figure(figsize=(WIDE, 1.3 + 0.25 * len(runs)), layout="constrained")
+    for ax, per_cost in zip(fig.subplots(1, 2, sharey=True), (False, True)):
         for i, records in enumerate(runs.values()):
             by = np.mean(cost[records[0].run]) if per_cost else 1.0
             values = [(numbers(baseline_of(r))["absorption fraction"] - numbers(r)["absorption fraction"])
                       / by for r in records]
             mean, low, high = over_seeds(values)
-            ax.bar(i, mean, color="tab:blue", width=0.7)
+            ax.barh(i, mean, color=run_style(records[0].run)["color"], height=0.7)
             if np.isfinite(low):
-                ax.plot([i, i], [low, high], color="black", lw=1)
-            ax.scatter([i] * len(values), values, color="black", s=8, zorder=3)
-        ax.axhline(0, color="0.6", lw=0.8)
+                ax.plot([max(-1, low), min(1, high)], [i, i], color="black", lw=1)
+            ax.plot(values, [i] * len(values), "o", ms=3, color="black", zorder=3)
+        ax.axvline(0, color="0.6", lw=0.8)
         named(ax, runs)
-        ax.set_title("absorption removed" + (", for the cost of training a baseline" if per_cost else ""),
-                     fontsize=9)
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(material.title, fontsize=9)
+        ax.set_title("absorption removed" + (",\nfor a baseline's cost" if per_cost else ""))
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    fig.suptitle(material.title, wrap=True)
     return fig
 
 # %% ../../../nbs/3_ideas/47_orthogonality_report.ipynb #eca28a32
+@readable
 def pair_stability(material: Material) -> Figure | None:
     "How far successive choices of pairs agree during training, and those of different seeds after it."
     between = material.analysis("pairs_between_seeds")
     runs = {title: records for title, records in titled(material).items()
             if any("OrthogonalPairs.agreement" in line for line in records[0].log)}
     if not runs: return None
-    fig = Figure(figsize=(10, 3.4), layout="constrained")
-    left, right = fig.subplots(1, 2)
+    fig = Figure(figsize=(WIDE, 3.4 + 0.35 * len(runs)), layout="constrained")
+    top, bottom = fig.subplots(2, 1, height_ratios=(1, 1))
     for title, records in runs.items():
         logs = [r.log for r in records]
         steps = [line["step"] for line in min(logs, key=len)]
-        left.plot(steps, np.mean(np.array([[line["OrthogonalPairs.agreement"] for line in log[:len(steps)]]
-                                           for log in logs], dtype=float), axis=0), lw=1, label=title)
-    left.set(xlabel="step", ylim=(0, 1), title="agreement with the choice before")
-    for i, records in enumerate(runs.values()):
+        top.plot(steps, np.mean(np.array([[line["OrthogonalPairs.agreement"] for line in log[:len(steps)]]
+                                          for log in logs], dtype=float), axis=0),
+                 lw=1.2, **run_style(records[0].run))
+    top.set(xlabel="step", ylim=(0, 1), title="agreement with the choice before")
+    for i, (title, records) in enumerate(runs.items()):
+        style = run_style(records[0].run)
+        bottom.plot([], [], label=title, **style)
         if not between or records[0].run not in between: continue
         found = between[records[0].run]
-        right.scatter([i] * len(found["agreement"]), found["agreement"], s=14, color="tab:blue")
-        right.plot(i, np.mean(found["by_lot"]), "_", ms=16, color="black")
-    named(right, runs)
-    right.set(ylim=(0, None), title="agreement between seeds; dash: by lot")
-    for ax in (left, right): ax.spines[["top", "right"]].set_visible(False)
-    fig.legend(*left.get_legend_handles_labels(), fontsize=6, loc="outside lower center", ncols=5)
-    fig.suptitle(material.title, fontsize=9)
+        bottom.plot(found["agreement"], [i] * len(found["agreement"]), "o", ms=4, color=style["color"])
+        bottom.plot(np.mean(found["by_lot"]), i, "|", ms=14, color="black")
+    named(bottom, runs)
+    bottom.set(xlim=(0, None), title="agreement between seeds; dash: random choices")
+    fig.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle(material.title, wrap=True)
     return fig
 
 # %% ../../../nbs/3_ideas/47_orthogonality_report.ipynb #4985d62d

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
 from ...base.schemas import COUNT
@@ -23,6 +24,7 @@ from ...ideas.run import Analysis, Run, find_run
 from ...lab.records import setting_of
 from ..compare import numbers
 from ..figures import Material, named, side_by_side, titled
+from ..plots import WIDE, readable, run_style
 from ...sae.gates import make_mechanism
 from ...sae.sae import SAE, SAEConfig
 from ...train.config import TrainConfig
@@ -40,48 +42,54 @@ def follows_position(ours: dict) -> bool:
     fidelity = ours["features"]["fidelity"] or []
     return sum(v is not None for v in fidelity) > len(fidelity) / 10
 
+@readable
 def position_masks(material: Material) -> Figure | None:
     "What passes of some features in each part of the text, in runs that have masks."
     found = {title: ours["profiles"] for title, ours in positions_known(material).items()
              if ours.get("profiles") and follows_position(ours)}
     if not found: return None
-    fig = Figure(figsize=(0.8 + 1.7 * len(found), 3), layout="constrained")
-    axes = np.atleast_1d(fig.subplots(1, len(found), sharey=True))
-    for ax, (title, rows) in zip(axes, found.items()):
+    columns = min(2, len(found))
+    lines = -(-len(found) // columns)
+    fig = Figure(figsize=(WIDE, 0.8 + 2.1 * lines), layout="constrained")
+    axes = fig.subplots(lines, columns, sharey=True, squeeze=False)
+    for ax in axes.flat[len(found):]: ax.set_axis_off()
+    for ax, (title, rows) in zip(axes.flat, found.items()):
         shown = ax.imshow(np.array(rows, dtype=float), aspect="auto", cmap="magma", vmin=0, vmax=1,
                           interpolation="nearest")
-        ax.set_title(title, fontsize=8)
-        ax.set_xlabel("part of the text", fontsize=8)
-        ax.tick_params(labelsize=7)
-    axes[0].set_ylabel("features, from the first to the last", fontsize=8)
-    fig.colorbar(shown, ax=list(axes), label="what passes")
-    fig.suptitle(material.title, fontsize=9)
+        ax.set_title(title)
+        ax.yaxis.set_major_locator(MaxNLocator(3))
+    fig.supxlabel("part of the text")
+    fig.supylabel("features, from the first to the last")
+    fig.colorbar(shown, ax=list(axes.flat), label="share that passes (no mask, as the baseline: 1)",
+                 shrink=0.9)
+    fig.suptitle(material.title, wrap=True)
     return fig
 
 # %% ../../../nbs/3_ideas/51_positional_report.ipynb #45346bc8
+@readable
 def positional_fidelity(material: Material) -> Figure | None:
     "How far features follow their masks, and the share of a position that each run's activations carry."
     found = {title: ours["features"]["fidelity"]
              for title, ours in positions_known(material).items() if follows_position(ours)}
     if not found: return None
-    fig = Figure(figsize=(10, 3.4), layout="constrained")
-    left, right = fig.subplots(1, 2)
+    runs = titled(material)
+    fig = Figure(figsize=(WIDE, 4.2 + 0.1 * len(found) + 0.25 * len(runs)), layout="constrained")
+    top, bottom = fig.subplots(2, 1)
     for title, values in found.items():
         known = np.sort([v for v in values if v is not None])[::-1]
-        left.plot(np.arange(len(known)) / len(values), known, lw=1, label=title)
-    left.axhline(0, color="0.6", lw=0.8)
-    left.set(xlabel="share of all features", title="correlation of activation with the mask, by position",
-             ylim=(-1.05, 1.05))
-    left.legend(fontsize=7)
-    runs = titled(material)
+        top.plot(np.arange(len(known)) / len(values), known, lw=1.4, label=title,
+                 **run_style(runs[title][0].run))
+    top.axhline(0, color="0.6", lw=0.8)
+    top.set(xlabel="share of all features", title="correlation of activation with the mask, by position",
+            ylim=(-1.05, 1.05))
     for i, records in enumerate(runs.values()):
         values = [numbers(r)["position share"] for r in records if "position share" in numbers(r)]
-        right.scatter([i] * len(values), values, s=12, color="tab:blue")
-        if values: right.plot(i, np.mean(values), "_", ms=14, color="black")
-    named(right, runs)
-    right.set(title="share of a position that an activation tells", ylim=(0, None))
-    for ax in (left, right): ax.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(material.title, fontsize=9)
+        bottom.plot(values, [i] * len(values), "o", ms=4, color=run_style(records[0].run)["color"])
+        if values: bottom.plot(np.mean(values), i, "|", ms=14, color="black")
+    named(bottom, runs)
+    bottom.set(title="share of a position that an activation tells", xlim=(0, None))
+    fig.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle(material.title, wrap=True)
     return fig
 
 # %% ../../../nbs/3_ideas/51_positional_report.ipynb #9d49a92c
@@ -99,27 +107,27 @@ def hard_to_soft(material: Material) -> Figure | None:
                         material.title, "temperature")
 
 # %% ../../../nbs/3_ideas/51_positional_report.ipynb #e3bae56d
+@readable
 def specialisation_retained(material: Material) -> Figure | None:
     "Along one training of each run: the bits about position, and how far they are the first step's."
     found = material.analysis("specialisation_along")
     if not found: return None
-    fig = Figure(figsize=(10, 3.4), layout="constrained")
-    axes = fig.subplots(1, 2)
     titles = {records[0].run: title for title, records in titled(material).items()}
-    for i, (run, title) in enumerate(titles.items()):
+    fig = Figure(figsize=(WIDE, 5 + 0.1 * len(titles)), layout="constrained")
+    axes = fig.subplots(2, 1, sharex=True)
+    for run, title in titles.items():
         if run not in found: continue
         along = found[run]
         for ax, key in zip(axes, ("bits", "retention")):
             ax.plot(range(len(along[key])), [np.nan if v is None else v for v in along[key]], marker="o",
-                    ms=3, lw=1, color=f"C{i % 10}", ls="-" if i < 10 else "--", label=title)
+                    ms=3, lw=1.2, label=title, **run_style(run))
     for ax, name in zip(axes, ("bits that a feature tells of position, mean",
                                "correlation with what each told at the start")):
-        ax.set_title(name, fontsize=9)
+        ax.set_title(name)
         ax.set_xticks(range(len(along["steps"])), along["steps"])
-        ax.set_xlabel("step")
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc="outside lower center", ncols=6)
-    fig.suptitle(f"{material.experiment}, one training of each run", fontsize=9)
+    axes[-1].set_xlabel("step")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle(f"{material.experiment}, one training of each run", wrap=True)
     return fig
 
 # %% ../../../nbs/3_ideas/51_positional_report.ipynb #80235258
