@@ -38,7 +38,8 @@ def schema_mismatch(value, shape) -> str | None:
         return dict_mismatch(value, shape)
     if isinstance(shape, list) and isinstance(value, list):
         return list_mismatch(value, shape)
-    if shape is float: fits = type(value) in (int, float) and abs(value) < BOUND[float]
+    if shape is float:
+        fits = type(value) in (int, float) and abs(value) < BOUND[float]
     elif shape is dict: fits = isinstance(value, dict)
     elif isinstance(shape, type): fits = type(value) is shape
     elif isinstance(shape, range): fits = type(value) is int and value in shape

@@ -123,7 +123,8 @@ class Exam(Examiner):
 @patch
 def _list_of_known(self: Exam, cache, asked) -> Path:
     "The file of the known questions, named by what is asked and by what the model holds."
-    def named(*model): return Path(cache)/f"known_{fingerprint([*model, asked])}.json"
+    def named(*model):
+        return Path(cache)/f"known_{fingerprint([*model, asked])}.json"
     sums = [round(p.double().sum().item(), 6) for p in itertools.islice(self.model.parameters(), 8)]
     old = named(str(self.model.cfg.model_name), sums)
     if old.exists(): return old

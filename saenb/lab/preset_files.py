@@ -41,7 +41,8 @@ def fitted(
         if get_origin(k) is tuple and isinstance(value, list):
             return tuple(fitted(v, get_args(k)[0], f"{where}[{i}]") for i, v in enumerate(value))
         if type(value) is k or (k is float and type(value) is int):
-            if type(value) in BOUND and abs(value) < math.inf: check_bound(where, value)
+            if type(value) in BOUND and abs(value) < math.inf:
+                check_bound(where, value)
             return value
     classes = [k for k in kinds if is_dataclass(k)]
     if classes and isinstance(value, dict):
