@@ -488,7 +488,7 @@ def test_a_page_of_features_holds_nothing_but_data(title, tmp_path):
     reader = Reader()
     reader.feed(text)
     assert reader.tags["script"] == 2 and reader.tags["img"] == 0 and reader.heads == [title, title]
-    assert json.loads(reader.scripts[0]) == dict(about=title, tokens=NASTY, features=0)
+    assert json.loads(reader.scripts[0]) == dict(about=title, tokens=NASTY, features=0, back="")
 
 
 def test_a_label_is_not_taken_for_mathematics(kept_records, tmp_path):

@@ -306,6 +306,7 @@ def everything(root: str | Path) -> Figure | None:
     fig = Figure(figsize=(WIDE, 2 + 0.24 * len(rows)), layout="constrained")
     field = headline_field([r for _, _, records in rows for r in records])
     shown = (field, "held_out_selectivity" if field == "held_out" else "selectivity")
+    legend = {}
     for ax, measure in zip(fig.subplots(1, 2, sharey=True), shown):
         for y, (_, _, records) in enumerate(rows):
             mean, low, high = over_seeds([r.unlearning[measure] for r in records])
@@ -319,10 +320,11 @@ def everything(root: str | Path) -> Figure | None:
                 _baseline_band(ax, material, measure, mine[0] - 0.4, mine[-1] + 0.4)
         lines = control_lines(ax, materials[0].controls, measure)
         for line in lines: line.set_label(line.get_label().rsplit(",", 1)[0])
+        legend |= {line.get_label(): line for line in lines} # a control may lack one of the measures
         named(ax, [title for _, title, _ in rows])
         ax.set(title=FIELDS[measure], xlim=(-0.03, 1), xticks=(0, 0.5, 1))
     if any(MARK in title for _, title, _ in rows): fig.suptitle(MARK_SAYS)
-    fig.legend(handles=lines, loc="outside lower center", ncols=2)
+    fig.legend(handles=list(legend.values()), loc="outside lower center", ncols=2)
     return fig
 
 # %% ../../nbs/5_laboratory/113_figures.ipynb #e4d144e3
