@@ -19,7 +19,7 @@ def record(root, run, seed, score, variant="", seconds=0.02, config=()):
     write_json(folder/"config.json", dict(run=dict(id=run, title=f"Run {number}"), preset="made", seed=seed, variant=variant) | dict(config))
     write_json(folder/"final_info.json", dict(seconds_a_step=seconds * (1 + seed)))
     write_json(folder/"evals"/"unlearning.json", dict(eval_result_unstructured=dict(
-        score=score, interval=[score / 2, score * 2], selectivity=score / 2, selectivity_interval=[0, score])))
+        score=score, interval=[score / 2, min(1.0, score * 2)], selectivity=score / 2, selectivity_interval=[0, score])))
     return folder
 
 
