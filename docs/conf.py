@@ -1,6 +1,9 @@
 """Sphinx settings of the site; docs/build.py prepares the pages and starts the build."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
+
+from docutils import nodes
 
 settings = ConfigParser()
 settings.read(Path(__file__).parent.parent / "settings.ini", encoding="utf-8")
@@ -35,3 +38,16 @@ html_theme_options = {
 }
 html_copy_source = html_show_sourcelink = False
 html_show_search_summary = False  # summaries are fetched page by page, which browsers refuse where pages are opened as files
+
+
+def keep_places(app, doctree):
+    """Give each entry of the index a place of its own; in front of raw HTML or a cell its id would not be written."""
+    for node in list(doctree.findall(nodes.Element)):
+        ids = [name for name in node.get("ids", []) if re.fullmatch(r"index-\d+", name)]
+        if ids and not isinstance(node, nodes.target):
+            node["ids"] = [name for name in node["ids"] if name not in ids]
+            node.parent.insert(node.parent.index(node), nodes.target("", "", ids=ids))
+
+
+def setup(app):
+    app.connect("doctree-read", keep_places)
