@@ -345,7 +345,7 @@ def compared(kept_records):
     return json.loads(called("compare", kept_records, "--json")[1])
 
 
-@tries(80)
+@tries(120)
 @given(st.data())
 def test_a_record_that_was_altered_is_compared_or_named(kept_records, compared, data):
     run, name = data.draw(st.sampled_from(["run_0", "run_1"])), data.draw(st.sampled_from(FILES))
