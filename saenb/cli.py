@@ -16,11 +16,12 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from .base.devices import use_device
 from .base.errors import SaenbError, lookup
 from .base.locks import processes
 from .lab.commands import (
-    ANYWAY, ARCHITECTURE, COMMANDS, DICTIONARY, FIGURES, INTERVENTION, OUT, PRESET, STEPS, TRACK, above_zero,
-    command, option, preset_of, whole)
+    ANYWAY, ARCHITECTURE, COMMANDS, DEVICE, DICTIONARY, FIGURES, INTERVENTION, OUT, PRESET, STEPS, TRACK,
+    above_zero, command, option, preset_of, whole)
 from .lab.engines import waiting_asleep
 from .lab.feature_commands import judged
 from .lab.stopping import signals, stop_at_once
@@ -68,7 +69,7 @@ def _listed(kind):
 
 # %% ../nbs/5_laboratory/122_cli.ipynb #9c385043
 @command(option("id", help="experiment/number, as `saenb runs` lists them"), PRESET,
-         option("--seed", type=int, default=0), STEPS, OUT, TRACK, ARCHITECTURE, INTERVENTION)
+         option("--seed", type=int, default=0), STEPS, OUT, TRACK, ARCHITECTURE, INTERVENTION, DEVICE)
 def run_command(args):
     "Make one record."
     from saenb.lab.runner import run
@@ -89,14 +90,16 @@ def run_command(args):
                 "machine, or Ray's tasks on many machines that share the folder of the records "
                 "(default: processes)"),
          option("--address", help="where Ray is (default: RAY_ADDRESS, or a Ray of its own on this machine)"),
-         OUT, FIGURES, TRACK)
+         OUT, FIGURES, TRACK, DEVICE)
 def reproduce_command(args):
     "Make all records, controls and figures."
     from saenb.ideas.run import all_runs, experiments
+    from saenb.lab.presets import PRESETS
     from saenb.lab.reproduction import reproduce
     for name in args.experiments:
         lookup(name, [*experiments(), *all_runs()], "experiment or run")
-    if args.full and (args.preset.endswith(".toml") or args.preset.startswith("gemma")):
+    if args.full and (args.preset.endswith(".toml")
+                      or args.preset in PRESETS and f"{args.preset.removesuffix('-full')}-full" not in PRESETS):
         raise SaenbError(f"{args.preset} has one length only; leave --full out.")
     preset = f"{args.preset}-full" if args.full and not args.preset.endswith("-full") else args.preset
     figures = args.figures or ("figures" if preset == "tiny-full" else None)
@@ -111,7 +114,7 @@ def reproduce_command(args):
 
 # %% ../nbs/5_laboratory/122_cli.ipynb #62d4cc20
 # options that are fields of TrainConfig
-TRAINING = ("steps", "tokens", "batch", "lr", "sparsity_penalty", "checkpoint_every")
+TRAINING = ("steps", "tokens", "batch", "lr", "sparsity_penalty", "normalise", "checkpoint_every")
 
 SEVERAL = ( # dictionaries in one pass
     option("--each", metavar="SETTING=VALUES", help="a dictionary for each value, as in k=16,32,64, all in "
@@ -134,11 +137,13 @@ SEVERAL = ( # dictionaries in one pass
     option("--batch", type=above_zero, help="tokens a step, of all processes together (default: 2048)"),
     option("--lr", type=float, help="learning rate (default: 3e-4)"),
     option("--sparsity-penalty", type=float, help="weight of the L1 term (default: 0.04)"),
+    option("--normalise", choices=("length", "dimension"), help="train on a stream of length one on average "
+               "(default), or of equal variance in every dimension; folded back in what is saved"),
     option("--seed", type=whole, default=0),
     option("--checkpoint-every", type=above_zero, help="steps between checkpoints (default: 500)"),
     option("--shard", action="store_true", help="under torchrun: divide the features among the "
                "processes, rather than the tokens"),
-    *SEVERAL, ARCHITECTURE)
+    *SEVERAL, ARCHITECTURE, DEVICE)
 def train_command(args):
     "Train one dictionary on a store, alone or, under torchrun, in several processes; or several in one pass."
     from saenb.data.store import Store
@@ -177,13 +182,15 @@ def _train_each(args, params):
               if "loss" in row else row["dictionary"])
 
 # %% ../nbs/5_laboratory/122_cli.ipynb #12dbdc84
-@command(PRESET, OUT)
+@command(PRESET, OUT,
+         option("--device", metavar="NAME", dest="planned", help="plan for this device, which need "
+                    "not be here (default: the one that would be taken)"))
 def check_command(args):
     "Tell what a preset needs, what of it is there, and how long it takes."
     from saenb.evals.evaluation import as_text
     from saenb.lab.check import check
     preset = preset_of(args)
-    needs = check(preset, args.out)
+    needs = check(preset, args.out, args.planned)
     missing = [n.what for n in needs if not n.ok]
     if args.json:
         print(json.dumps(dict(ready=not missing, needs=[vars(n) for n in needs]), indent=2))
@@ -203,7 +210,7 @@ def check_command(args):
 @command(DICTIONARY, option("--evals", help="some evaluations, with commas between (default: all of the "
                             "preset's; see `saenb list evaluations`)"),
          PRESET, OUT, option("--force", action="store_true", help="judge again even if the result is there"),
-         INTERVENTION, ANYWAY)
+         INTERVENTION, ANYWAY, DEVICE)
 def eval_command(args):
     "Judge a dictionary."
     from saenb.evals.evaluation import evaluation, evaluations
@@ -232,7 +239,7 @@ def _show_result(asked, result, folder, name):
         keep(asked.plot({name.replace("$", r"\$"): result}), folder/f"{asked.name}.png")
 
 # %% ../nbs/5_laboratory/122_cli.ipynb #d4ffd0ad
-@command(DICTIONARY, PRESET, OUT, ANYWAY)
+@command(DICTIONARY, PRESET, OUT, ANYWAY, DEVICE)
 def autopsy_command(args):
     "Explain a dictionary's score."
     from saenb.evals.autopsy import autopsy
@@ -261,7 +268,7 @@ def compare_command(args):
 @command(DICTIONARY, option("--by", metavar="NAME", required=True, help="the intervention (see `saenb list "
                                 "interventions`)"),
          PRESET, option("--out", required=True, help="the folder to write"),
-         option("--records", default="runs", help="folder of the records (default: runs)"), ANYWAY)
+         option("--records", default="runs", help="folder of the records (default: runs)"), ANYWAY, DEVICE)
 def unlearn_command(args):
     "Write the model from which a dictionary's subject is unlearned."
     from saenb.lab.intervention_table import unlearn_with
@@ -374,7 +381,8 @@ def main(arguments: list[str] | None = None) -> int:
             from saenb.base.declarations import use
             use(*files)
         # torchrun ends its processes itself
-        with signals(stop_at_once) if processes() == 1 else nullcontext():
+        with (use_device(getattr(args, "device", None)),
+              signals(stop_at_once) if processes() == 1 else nullcontext()):
             answer = args.action_(args)
     except SaenbError as e:
         return complain(str(e))

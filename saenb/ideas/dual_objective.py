@@ -170,6 +170,7 @@ class Masked(torch.autograd.Function):
 class SideGates(Mechanism):
     "Gates for each side, mixed by a prediction of each token's side; subclasses define `belonging`."
     gradient_support = "active"
+    reads_stream = True
 
     def __init__(self, d_in, d_sae,
         both: float, # penalty for gates that are fully open on both sides

@@ -115,6 +115,8 @@ class SoftMask(PositionMask):
 # %% ../../nbs/3_ideas/49_positional.ipynb #b13dffc4
 class HybridMask(SoftMask):
     "A soft mask, blended with a score of the token's content."
+    reads_stream = True
+
     def __init__(self, d_in, d_sae,
         temperature: float = 0.5, # of the mask at the start, in units of the length
         rank: int = 16, # directions that content is read through

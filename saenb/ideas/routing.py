@@ -53,6 +53,7 @@ def check_router(d_sae, heads, groups, width, competition, learned):
 class FeatureRouter(Mechanism):
     "Heads that attend from tokens to groups of features, and let through what is attended to."
     gradient_support = "active"
+    reads_stream = True
 
     def __init__(self, d_in, d_sae,
         heads: int = 8, # that attend

@@ -17,6 +17,7 @@ from .stopping import stoppable
 from .training import trainer
 from ..sae.architectures import ARCHITECTURES
 from ..train.distributed import ranks
+from ..train.normalisation import fold_back
 from ..train.trainer import Trainer
 
 # %% ../../nbs/5_laboratory/103_one_pass.ipynb #ab010006
@@ -52,7 +53,8 @@ class OnePass:
     def __init__(self, trainers: list[Trainer]):
         self.trainers, self.out, self.history, self.seconds = trainers, trainers[0].out, [], 0.0
         self.steps = trainers[0].steps
-        reads = {(t.steps, t.cfg.batch, t.cfg.seed, t.cfg.balanced, t.store.path) for t in trainers}
+        reads = {(t.steps, t.cfg.batch, t.cfg.seed, t.cfg.balanced, t.cfg.normalise, t.store.path)
+                 for t in trainers}
         if len(reads) > 1:
             raise SaenbError("Dictionaries of one pass read the same store in the same order; give them one "
                              "batch, one seed and one number of steps, or train them one by one.")
@@ -115,5 +117,6 @@ def train_each(
                 for name, own in variants(architecture, each, seeds).items()}
         together = OnePass(list(made.values()))
         with stoppable(together): together.fit(progress)
-        for name, t in made.items(): t.sae.save(Path(out)/name/"sae")
+        for name, t in made.items():
+            fold_back(t.sae, t.store).save(Path(out)/name/"sae")
     return made

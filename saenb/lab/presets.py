@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'FULL', 'SWEEPS', 'SUBJECTS', 'ROWS', 'PRESETS', 'Preset', 'setups', 'tiny', 'tiny_full', 'tiny_cues',
-           'tiny_cues_full', 'gemma', 'small', 'gemma_3_270m', 'smollm2_135m', 'named_preset', 'all_presets']
+           'tiny_cues_full', 'gemma', 'small', 'gemma_3_270m', 'gemma_3_270m_full', 'smollm2_135m', 'named_preset',
+           'all_presets']
 
 # %% ../../nbs/5_laboratory/95_presets.ipynb #1c116ec0
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..base.declarations import declared
+from ..base.devices import checked_device, find_device
 from ..base.errors import SaenbError, check_range, lookup
 from ..data.pretrained import fetched
 from ..data.sources import QuestionSource, TextSource
@@ -47,6 +49,7 @@ class Preset:
     shares: str | None = None # the preset whose store it uses; None: its name without -full
     controls: tuple[str, ...] = () # controls that `reproduce` judges; none means all
     control_draws: int = 10 # choices of features at random
+    device: str = "auto" # where models and trainings compute, unless SAENB_DEVICE or --device says so
     # how a command names it, for hints: a name, a file or a folder
     called: str = field(default="", compare=False, repr=False)
 
@@ -93,6 +96,7 @@ def _check_numbers(preset):
         check_range("harvest_tokens", preset.harvest_tokens, 1)
     for dtype in (preset.store_dtype, preset.model_dtype):
         lookup(dtype, ("float32", "bfloat16", "float16"), "type of numbers")
+    checked_device(preset.device, "that the preset names")
 
 def _check_evaluations(preset):
     "Raise if there is nothing to train on, nothing to judge a record by, or a change of nothing."
@@ -105,6 +109,12 @@ def _check_evaluations(preset):
     known = ("d_sae", *TrainConfig.__dataclass_fields__)
     for param in [param for change in preset.sweep for param in change]:
         lookup(param, known, "parameter to change")
+
+# %% ../../nbs/5_laboratory/95_presets.ipynb #7cb9ddef
+@patch
+def where(self: Preset):
+    "The device that models and trainings of this preset compute on here."
+    return find_device(otherwise=self.device)
 
 # %% ../../nbs/5_laboratory/95_presets.ipynb #e2c8f9fe
 def _with_intervention(preset, name):
@@ -204,18 +214,24 @@ def gemma_3_270m() -> Preset:
     "Gemma 3 with 270 million weights, asked what living things WordNet defines."
     return Preset(**real_fields("gemma-3-270m", setups))
 
+def gemma_3_270m_full() -> Preset:
+    "The same with the seeds that the reports are made of."
+    return replace(gemma_3_270m(), name="gemma-3-270m-full", seeds=3)
+
 def smollm2_135m() -> Preset:
     "SmolLM2 with 135 million weights, asked the same."
     return Preset(**real_fields("smollm2-135m", setups))
 
 # %% ../../nbs/5_laboratory/95_presets.ipynb #4c183103
 PRESETS = {"tiny": tiny, "tiny-full": tiny_full, "tiny-cues": tiny_cues, "tiny-cues-full": tiny_cues_full,
-           "gemma-3-270m": gemma_3_270m, "smollm2-135m": smollm2_135m, "gemma-2-2b": gemma,
-           "gemma-2-2b-layer-5": partial(gemma, 5), "gemma-2-2b-layer-12": partial(gemma, 12)}
+           "gemma-3-270m": gemma_3_270m, "gemma-3-270m-full": gemma_3_270m_full,
+           "smollm2-135m": smollm2_135m, "gemma-2-2b": gemma, "gemma-2-2b-layer-5": partial(gemma, 5),
+           "gemma-2-2b-layer-12": partial(gemma, 12)}
 
 def named_preset(name: str) -> Preset:
     "The preset of that name: the package's, a declared one, or a world's folder, with -full at full length."
-    if name in REAL_MODELS: fetched(name) # says how to get it
+    model = name.removesuffix("-full")
+    if model in REAL_MODELS: fetched(model) # says how to get it
     if name in PRESETS: return _built(name, *evaluations())
     found = _declared()
     if name in found: return found[name]

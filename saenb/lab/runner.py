@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MARKED', 'TIMING', 'GRADED', 'marked_name', 'model_of', 'store_of', 'readings_of', 'exam_of', 'shown_by', 'misfit',
-           'check_fits', 'evaluate_sae', 'run', 'Plan', 'plan_record', 'source_of', 'has_dictionary']
+           'check_fits', 'placed', 'evaluate_sae', 'run', 'Plan', 'plan_record', 'source_of', 'has_dictionary']
 
 # %% ../../nbs/5_laboratory/100_runner.ipynb #fd60e9e9
+import copy
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from ..base.declarations import foreign_source, holders, source_digest
+from ..base.devices import device_name, find_device
 from ..base.errors import SaenbError, lookup, shorten
 from ..base.files import (
     atomic_write, fingerprint, need_memory, need_room, read_if_valid, read_json, write_json, write_text)
@@ -38,6 +40,7 @@ from ..sae.sae import CONFIG, SAE, WEIGHTS, SAEConfig, with_unit_rows
 from ..train.checkpoint import CHECKPOINT, LOG
 from ..train.config import TrainConfig
 from ..train.trackers import as_numbers, need_tracker, tracked
+from ..train.normalisation import check_gates, fold_back, store_for
 from ..train.trainer import Trainer
 
 # %% ../../nbs/5_laboratory/100_runner.ipynb #01e8ac34
@@ -54,10 +57,13 @@ def _model_name(preset):
     return marked_name(preset.model, preset.world)
 
 # %% ../../nbs/5_laboratory/100_runner.ipynb #75ce7364
+def model_of(name: str, dtype: str = "float32", device=None):
+    "A model on a device, loaded once a process; None: as `find_device` says."
+    return _model(name, dtype, str(device or find_device()))
+
 @cache
-def model_of(name: str, dtype: str = "float32"):
-    "A model, loaded once a process."
-    try: return boot(name, dtype=dtype)
+def _model(name, dtype, device):
+    try: return boot(name, device, dtype)
     except SaenbError: raise
     except Exception as e:
         # weights or a vocabulary may be cut off, and each library that reads them raises an error of its own
@@ -75,27 +81,31 @@ def store_of(preset: Preset, out: str | Path = "runs", folder: str | Path | None
             raise SaenbError(f"{folder} holds another model's stream or other texts ({kept['texts']}); "
                              "choose another --out, or delete that folder.")
         if kept["finished"]: return Store.open(folder)
-    return harvest(model_of(preset.model, preset.model_dtype), list(preset.texts), preset.layer, folder,
+    return harvest(model_of(*_reader(preset.model, preset)), list(preset.texts), preset.layer, folder,
                    preset.seq_len, preset.harvest_tokens, dtype=preset.store_dtype, about=about,
                    preset=preset.called or preset.name)
 
+def _reader(model, preset):
+    "A preset's model as `model_of` takes it."
+    return model, preset.model_dtype, str(preset.where())
+
 # %% ../../nbs/5_laboratory/100_runner.ipynb #23f8f7c6
 @cache
-def _exam(model: str, dtype: str, setup, layer: int, cache: Path) -> Exam:
-    return Exam(model_of(model, dtype), setup, layer, cache=cache, readings=_readings(model, dtype, layer))
+def _exam(reader: tuple, setup, layer: int, cache: Path) -> Exam:
+    return Exam(model_of(*reader), setup, layer, cache=cache, readings=_readings(reader, layer))
 
 @cache
-def _readings(model: str, dtype: str, layer: int) -> Readings:
-    return Readings(model_of(model, dtype), layer)
+def _readings(reader: tuple, layer: int) -> Readings:
+    return Readings(model_of(*reader), layer)
 
 def readings_of(preset: Preset) -> Readings:
     "What the preset's layer made of texts so far."
-    return _readings(preset.model, preset.model_dtype, preset.layer)
+    return _readings(_reader(preset.model, preset), preset.layer)
 
 def exam_of(preset: Preset, out: str | Path = "runs") -> Exam:
     "The preset's exam, in the model that answers; budgets of one world share it."
     cache = Path(out)/preset.world/"cache"
-    return _exam(preset.answer_model, preset.model_dtype, preset.exam, preset.layer, cache)
+    return _exam(_reader(preset.answer_model, preset), preset.exam, preset.layer, cache)
 
 # %% ../../nbs/5_laboratory/100_runner.ipynb #6a6e6de9
 def shown_by(preset: Preset, out: str | Path = "runs") -> Exam | Corpora:
@@ -131,6 +141,10 @@ def check_fits(sae: SAE, preset: Preset, anyway: bool = False) -> str | None:
                      "or add --anyway.")
 
 # %% ../../nbs/5_laboratory/100_runner.ipynb #d2083efb
+def placed(sae: SAE, device) -> SAE:
+    "A dictionary on a device; the one that is given stays where it is."
+    return sae if sae.device == device else copy.deepcopy(sae).to(device)
+
 def evaluate_sae(
     sae: SAE, # the dictionary
     preset: str | Preset, # what it is judged by
@@ -141,7 +155,8 @@ def evaluate_sae(
     despite: str | None = None, # in what the dictionary does not fit, kept in the results
 ) -> dict[str, dict]:
     "Results by evaluation, found or made."
-    results, sae, preset = {}, with_unit_rows(sae), find_preset(preset)
+    results, preset = {}, find_preset(preset)
+    sae = placed(with_unit_rows(sae), preset.where())
     for name in names or preset.evals:
         setup, asked = lookup(name, preset.evals, "evaluation"), evaluation(name)
         path = Path(folder)/f"{name}.json" if folder else None
@@ -230,12 +245,13 @@ def plan_record(run, preset, seed, out, steps=None, change=None) -> Plan:
     folder = _folder(definition, preset, seed, out, variant)
     d_sae = change.pop("d_sae", preset.d_sae)
     change.pop("architecture", None)
-    make_architecture(SAEConfig(1, d_sae, architecture=kind)) # refuses settings before hours of work, not after
+    # refuses settings before hours of work, not after
+    make_architecture(SAEConfig(1, d_sae, architecture=kind))
     definition = replace(definition.but(**{k: change.pop(k) for k in own & change.keys()}), architecture=kind)
     length = dict(steps=steps, tokens=None) if steps is not None else {}
     training = replace(preset.training, seed=seed, **definition.training | change | length)
     config = dict(run=definition.as_dict(), preset=preset.name, seed=seed, variant=variant,
-                  layer=preset.layer, d_sae=d_sae, training=asdict(training), model=_model_name(preset))
+                  layer=preset.layer, d_sae=d_sae, training=training.as_dict(), model=_model_name(preset))
     source = source_of(definition, preset)
     if source:
         config["source"] = {name: source_digest(text) for name, text in source.items()}
@@ -282,19 +298,22 @@ def _declares(value, id) -> bool:
 # %% ../../nbs/5_laboratory/100_runner.ipynb #3f33c79c
 def _train(plan, out, progress, watch=None):
     "Train the plan's dictionary and write it."
-    record, config, store = plan.record, plan.config, store_of(plan.preset, out)
-    need_memory(training_memory(store.d_in, config["d_sae"], plan.training.batch), "Training this dictionary")
+    record, config = plan.record, plan.config
+    store, device = store_for(store_of(plan.preset, out), plan.training), plan.preset.where()
+    need_memory(training_memory(store.d_in, config["d_sae"], plan.training.batch), "Training this dictionary",
+                device)
     need_room(record.path, 16 * store.d_in * config["d_sae"] * 4, "Training this dictionary")
     cfg = SAEConfig(d_in=store.d_in, d_sae=config["d_sae"], hook_name=store.hook_name,
                     hook_layer=store.layer, model_name=config["model"],
                     architecture=plan.run.architecture,
                     about=dict(run=plan.run.id, preset=config["preset"], seed=config["seed"]))
-    sae = SAE(cfg).initialise(store.rows(0, 2**15).x, config["seed"])
+    sae = SAE(cfg).initialise(store.rows(0, 2**15).x, config["seed"]).to(device)
     mechanisms = [make_mechanism(name, settings, cfg) for name, settings in plan.run.mechanisms]
+    check_gates(mechanisms, plan.training)
     trainer = Trainer(sae, store, mechanisms, plan.training, record.path, watch)
-    with stoppable(trainer): sae = trainer.fit(progress)
+    with stoppable(trainer): sae = fold_back(trainer.fit(progress), store)
     write_json(record.path/"timing.json",
-               dict(training_seconds=round(trainer.seconds, 2),
+               dict(device=device_name(device), training_seconds=round(trainer.seconds, 2),
                     seconds_a_step=round(trainer.seconds / max(1, trainer.steps), 5)))
     sae.save(record.path/"sae") # last, and its configuration last of all: where that is, everything is
 
@@ -319,7 +338,7 @@ def has_dictionary(record):
     return all((record.path/"sae"/name).exists() for name in (CONFIG, WEIGHTS))
 
 # %% ../../nbs/5_laboratory/100_runner.ipynb #53211c63
-TIMING = dict.fromkeys(("training_seconds", "seconds_a_step"), positive)
+TIMING = dict.fromkeys(("training_seconds", "seconds_a_step"), positive) | {"device?": str}
 GRADED = ("eval_type_id", "eval_config", "eval_result_metrics") # SAEBench's fields of the main evaluation
 
 def _conclude(record: Record, preset: Preset, training):

@@ -19,6 +19,7 @@ from ..sae.gates import make_mechanism
 from ..sae.sae import SAE, SAEConfig
 from ..train.config import TrainConfig
 from ..train.distributed import FeatureSAE, FeatureTrainer, Ranks, TokenSAE, TokenTrainer, ranks
+from ..train.normalisation import check_gates, fold_back, store_for
 from ..train.trainer import Trainer
 
 # %% ../../nbs/5_laboratory/102_training.ipynb #b1b847f1
@@ -58,6 +59,7 @@ def trainer(
     kind = architecture or run.architecture
     if shard: check_division(run, here, kind)
     cfg, d_sae = TrainConfig(**run.training | training), 4 * store.d_in if d_sae is None else d_sae
+    store = store_for(store, cfg)
     check_range("d_sae", d_sae, 1)
     ARCHITECTURES.named(kind)
     # with a mark of its weights, if it has one
@@ -67,14 +69,15 @@ def trainer(
                       about=dict(run=run.id, seed=cfg.seed if start is None else start) | asked,
                       architecture=kind)
     need_memory(training_memory(about.d_in, about.d_sae // (here.world if shard else 1),
-                                cfg.batch // here.world), "Training this dictionary")
+                                cfg.batch // here.world), "Training this dictionary", here.device)
     if here.leads:
         need_room(out, 16 * about.d_in * about.d_sae * 4, "Training this dictionary")
     together = here.world > 1 and (run.mechanisms or ARCHITECTURES.named(kind).whole_batch)
     sae = FeatureSAE(about, here) if shard else TokenSAE(about) if together else SAE(about)
     sae.initialise(store.rows(0, 2**15).x, about.about["seed"]).to(here.device)
-    parts = (sae, store, [make_mechanism(name, settings, about) for name, settings in run.mechanisms],
-             cfg, out)
+    mechanisms = [make_mechanism(name, settings, about) for name, settings in run.mechanisms]
+    check_gates(mechanisms, cfg)
+    parts = (sae, store, mechanisms, cfg, out)
     return (Trainer(*parts) if here.world == 1 else FeatureTrainer(here, *parts) if shard
             else TokenTrainer(here, *parts))
 
@@ -91,6 +94,7 @@ def train(
         # several processes would end after different steps
         with stoppable(mine) if here.world == 1 else nullcontext():
             mine.fit(progress and here.leads)
+        fold_back(mine.sae, mine.store)
         if here.leads or isinstance(mine, FeatureTrainer):
             mine.sae.save(Path(out)/"sae")
     return mine if here.leads else None

@@ -20,6 +20,7 @@ class Gate(nn.Module):
     gate = None # gate(x, f, positions) gives the activations that pass
     n_active = None # how many features, counted from the first, it leaves at work; None leaves all
     gradient_support = "all" # where it needs gradients: all, "active" before gates, or "passing" them
+    reads_stream = False # whether its gate looks at the stream, and not at activations and positions alone
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

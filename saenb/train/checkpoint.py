@@ -7,7 +7,6 @@ __all__ = ['LOG', 'CHECKPOINT', 'REMEDY', 'LINE', 'TERMS', 'Checkpoints', 'read_
 
 # %% ../../nbs/2_dictionary/25_checkpoints.ipynb #430d1355
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ class Checkpoints:
     def identity(self) -> str:
         "What has to be the same for a checkpoint to be continued."
         mechanisms = [(type(m).__name__, m.settings) for m in self.mechanisms]
-        return fingerprint([asdict(self.cfg), self.sae.cfg.initial, mechanisms, self.store.about["shards"]])
+        return fingerprint([self.cfg.as_dict(), self.sae.cfg.initial, mechanisms, self.store.about["shards"]])
 
     def _write(self, tensors, about):
         write_tensors(self.out/CHECKPOINT, tensors, about)

@@ -6,9 +6,10 @@
 __all__ = ['TrainConfig', 'reconstruction_loss', 'remove_parallel_gradient', 'fast_precision']
 
 # %% ../../nbs/2_dictionary/22_training_loop.ipynb #71563062
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
+from fastcore.basics import patch
 
 from ..base.errors import SaenbError, check_range, lookup
 from ..sae.sae import SAE
@@ -26,6 +27,7 @@ class TrainConfig:
     decay: float = 0.2 # last share of the steps, over which the learning rate falls to zero
     seed: int = 0 # decides the order of the data and every draw
     balanced: bool = False # batches half forget, half retain
+    normalise: str = "length" # of the whole stream to one, or the variance of each "dimension"
     precision: str = "auto" # float32, bfloat16 products, or auto: what the processor does fastest
     log_every: int = 20 # steps between lines of the log
     checkpoint_every: int = 500 # steps between checkpoints
@@ -38,6 +40,7 @@ class TrainConfig:
             check_range(name, low if getattr(self, name) is None else getattr(self, name), low)
         check_range("decay", self.decay, 0.0, 1.0)
         lookup(self.precision, ("auto", "float32", "bfloat16"), "precision")
+        lookup(self.normalise, ("length", "dimension"), "way to normalise")
 
     def count(self) -> int:
         "The number of optimiser steps."
@@ -49,6 +52,12 @@ class TrainConfig:
                              "so not one training step would be "
                              "taken; give more tokens or a smaller batch, or ask for steps=0 by name.")
         return self.tokens // self.batch
+
+# %% ../../nbs/2_dictionary/22_training_loop.ipynb #7e11aa02
+@patch
+def as_dict(self: TrainConfig) -> dict:
+    "Its fields, as a record keeps them."
+    return {k: v for k, v in asdict(self).items() if (k, v) != ("normalise", "length")}
 
 # %% ../../nbs/2_dictionary/22_training_loop.ipynb #55ff72e2
 def reconstruction_loss(x, reconstruction, scale):
