@@ -52,7 +52,9 @@ PROBING = {f"wordnet/{name}": ProbingSet("texts", classes, label="subject", stre
 def adapted(evals: dict) -> dict:
     "Setups of evaluations, adapted to a real model and to WordNet's texts."
     SETS.update(PROBING)
-    changed = {k: replace(s, grid=REAL_GRID) if hasattr(s, "grid") else s for k, s in evals.items()}
+    changed = {k: replace(s, grid=REAL_GRID) if hasattr(s, "grid") else
+                  replace(s, reconstruction_rows=16) if hasattr(s, "reconstruction_rows") else s
+               for k, s in evals.items()} # its 262,144 words make logits the dearest part of a record
     sizes = dict(probe_train_set_size=300, probe_test_set_size=100)
     order = order_files(FOLDER/"order")
     return {k: replace(s, order=order) if hasattr(s, "order") else
