@@ -42,6 +42,7 @@ PLAN = dict(
                                                                            dict(d_in=2304, d_sae=16384, rounds=6, chunk=5, own_starts=False)]),
     growth=dict(distinct=4, held=512, uncounted=2, shapes=[dict(d_in=2304, d_sae=d_sae, batch=batch, rounds=3, chunk=4) for d_sae, batch in
                                                            ((2304, 2048), (4608, 2048), (9216, 2048), (16384, 2048), (2304, 512), (2304, 1024), (2304, 4096))]),
+    architectures=dict(batch=2048, distinct=8, held=1024, uncounted=2, shape=dict(d_in=2304, d_sae=16384, rounds=4, chunk=2)),
     harvest=dict(seq_len=128, rows=32, repeats=5, models=dict(world=dict(tokens=2**18, times=16), random=dict(hidden=768, layers=8, layer=4, tokens=2**14, times=2))),
     store=dict(d_in=2304, tokens=2**19, shard=2**13, pool_bytes=2**28, batch=2048, epochs=2),
     evals=dict(source="parity"),
@@ -50,6 +51,7 @@ PLAN = dict(
 QUICK = dict(
     training=dict(batch=128, distinct=4, held=128, uncounted=1, shapes=[dict(d_in=64, d_sae=128, rounds=2, chunk=4, own_starts=False)]),
     growth=dict(distinct=2, held=128, uncounted=1, shapes=[dict(d_in=64, d_sae=d_sae, batch=batch, rounds=1, chunk=3) for d_sae, batch in ((64, 128), (128, 128), (64, 256))]),
+    architectures=dict(batch=128, distinct=4, held=128, uncounted=1, shape=dict(d_in=64, d_sae=128, rounds=2, chunk=4)),
     harvest=dict(seq_len=128, rows=8, repeats=1, models=dict(world=dict(tokens=2**11, times=1))),
     store=dict(d_in=64, tokens=2**13, shard=2**11, pool_bytes=2**18, batch=128, epochs=2),
     evals=dict(source="tests"),
@@ -65,6 +67,13 @@ THEIRS = {
     "sparsify": dict(package="sparsify", own_start=True)}
 OWN_STARTS = {"SAELens, its own start": dict(package="saelens", own_start=True), "dictionary_learning, its own start": dict(package="dictionary_learning", own_start=True)}
 PRODUCTS = {f"five products, {precision}": dict(package="products", precision=precision) for precision in ("float32", "bfloat16")}
+# no package calls a feature dead within so few steps but saenb, which counts by the training's length: AuxK is off, and measured where both have saenb's rule
+OTHERS = {name: THEIRS[name] for name in ("SAELens, autocast", "dictionary_learning")} | {"sparsify": dict(package="sparsify")} | {
+    "saenb, AuxK": OURS["saenb"] | dict(aux=1 / 32), "sparsify, AuxK": dict(package="sparsify", aux=1 / 32)}
+BESIDE = ( # who takes turns with saenb, by kind of dictionary; as few at a time as memory holds
+    ("topk", "SAELens, autocast", "dictionary_learning"), ("topk", "sparsify", "saenb, AuxK"), ("batchtopk", "SAELens, autocast"), ("jumprelu", "SAELens, autocast"),
+    ("topk", "sparsify, AuxK"), ("batchtopk", "dictionary_learning"), ("jumprelu", "dictionary_learning"))
+ON_A_GPU = ("training", "growth", "architectures")
 GROWING = ("saenb", "SAELens", "SAELens, autocast", "dictionary_learning")
 
 
@@ -210,12 +219,13 @@ def contest(bench: Bench, shape: dict, contestants: dict, files: dict, uncounted
     total = shape["rounds"] * shape["chunk"]
     cfg = TrainConfig(steps=total + 1) # one more than is taken, so that the last step's end is seen
     common = dict(d_in=shape["d_in"], d_sae=shape["d_sae"], batch=shape["batch"], steps=cfg.steps, lr=cfg.lr, l1=cfg.sparsity_penalty, seed=0, warmup=max(1, min(20, total // 5)),
-                  decay=max(1, round(total * cfg.decay)), k=max(1, min(32, shape["d_sae"] // 4)), device=bench.device, data=str(files["data"]))
+                  decay=max(1, round(total * cfg.decay)), k=max(1, min(32, shape["d_sae"] // 4)), device=bench.device, data=str(files["data"]), aux=0.0, target=64)
     workers, found = {}, {}
     try:
         for name, own in contestants.items():
-            found[name] = dict(package=own["package"], uncounted=[], seconds=[], curve=[])
-            workers[name] = Worker(name, common | own | dict(start="" if own.get("own_start") else str(files["start"])), bench)
+            found[name] = dict(package=own["package"], uncounted=[], seconds=[], processor=[], curve=[])
+            dead = dict(dead=max(1, min(500, cfg.steps // 4))) if own.get("aux") else {}
+            workers[name] = Worker(name, common | own | dead | dict(start="" if own.get("own_start") else str(files["start"])), bench)
         def each(do, **what):
             for name in list(workers):
                 try: yield name, workers[name].ask(do, **what) if do else workers[name].answer()
@@ -229,6 +239,7 @@ def contest(bench: Bench, shape: dict, contestants: dict, files: dict, uncounted
                 skip = uncounted if number == 0 else 0
                 found[name]["uncounted"] += answer["seconds"][:skip]
                 found[name]["seconds"] += answer["seconds"][skip:]
+                found[name]["processor"] += answer["processor"][skip:]
             if not judged and number < shape["rounds"] - 1: continue
             for name, answer in each("judge"):
                 found[name]["peak"] = answer.pop("peak")
@@ -257,6 +268,23 @@ def trainings(bench: Bench, part: str, choose, judged: bool):
         del data
         for i, group in enumerate(together):
             results.measure(f"{label}, group {i + 1}", lambda: contest(bench, shape, {name: names[name] for name in group}, files, plan["uncounted"], judged))
+
+
+def architectures(bench: Bench):
+    "The same for dictionaries of other kinds, some contestants at a time, saenb among them."
+    results, plan = bench.part("architectures"), bench.plan["architectures"]
+    shape, files = dict(batch=plan["batch"]) | plan["shape"], dict(data=bench.work/"data.safetensors", start=bench.work/"start.safetensors")
+    for kind, *names in BESIDE:
+        names = ["saenb", *(name for name in names if bench.theirs or OTHERS[name]["package"] == "saenb")]
+        key = f"{kind}: {'; '.join(names)}"
+        if key in results.kept["items"]: continue
+        if not files["data"].exists():
+            data = made_up(shape["d_in"], plan["distinct"] * shape["batch"], plan["held"], 0)
+            write_tensors(files["data"], data)
+            write_tensors(files["start"], beginning(data["x"], shape["d_sae"], 0))
+            del data
+        chosen = {name: (OURS | OTHERS)[name] | dict(kind=kind) for name in names}
+        results.measure(key, lambda: dict(kind=kind, **contest(bench, shape, chosen, files, plan["uncounted"], judged=False)))
 
 
 def theirs_on(bench: Bench) -> dict:
@@ -409,13 +437,14 @@ def steps(bench: Bench):
 
 
 def main(args):
-    makers = dict(training=training, harvest=harvests, store=store, evals=evals, steps=steps, growth=growth)
+    makers = dict(training=training, harvest=harvests, store=store, evals=evals, steps=steps, growth=growth,
+                  architectures=architectures)
     chosen = {name: lookup(name, makers, "part") for name in args.parts.split(",")}
     check_range("threads", args.threads, 1)
     if args.device == "cuda":
         if not torch.cuda.is_available(): raise SaenbError("torch sees no GPU here; leave --device out, or install a torch that was built for it.")
-        chosen = {name: chosen[name] for name in chosen if name in ("training", "growth")} # the other parts do not use it
-        if not chosen: raise SaenbError("Only the parts training and growth use a GPU; leave --device out for the others.")
+        chosen = {name: chosen[name] for name in chosen if name in ON_A_GPU} # the other parts do not use it
+        if not chosen: raise SaenbError("Only the parts training, growth and architectures use a GPU; leave --device out for the others.")
     if not args.report:
         torch.set_num_threads(args.threads)
         with tempfile.TemporaryDirectory(prefix="saenb-bench-", dir=args.work) as work:

@@ -7,10 +7,10 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec") # [d_in, d_sae], [d_sae], [d_sae, d_in], [d_in]
+UNIT, START, BAND = 0.1, 0.02, 0.02 # of saenb's JumpReLU: what an active feature counts as, its first threshold, and the band around it
 
 
 def channel():
@@ -30,18 +30,22 @@ def peak_memory(device: str = "cpu") -> float:
 
 
 @torch.no_grad()
-def judge(weights: dict, x: torch.Tensor, l1: float, k: int | None = None, rows: int = 512) -> dict:
-    "The objective that all minimise, on tokens that none has seen, in float32; decoder rows of any length count as their features' scale. `k` leaves the k largest features."
+def judge(weights: dict, x: torch.Tensor, l1: float, k: int | None = None, kind: str = "relu", rows: int = 512) -> dict:
+    """The objective that all minimise, on tokens that none has seen, in float32; decoder rows of any length count as their features' scale. `k` leaves the k largest
+    features of a token, or for batchtopk of as many tokens as are judged at a time; thresholds leave what is above them."""
     W_enc, b_enc, W_dec, b_dec = (weights[name].detach().float().to(x.device) for name in WEIGHTS)
     length, sums = W_dec.norm(dim=1), torch.zeros(3, dtype=torch.float64)
     for part in x.split(rows):
         f = torch.relu((part - b_dec) @ W_enc + b_enc)
+        if "threshold" in weights: f = torch.where(f > weights["threshold"].detach().to(x.device), f, 0)
         if k:
-            top = f.topk(k, dim=1)
-            f = torch.zeros_like(f).scatter_(1, top.indices, top.values)
+            f = f.view(1, -1) if kind == "batchtopk" else f
+            top = (f.view(len(part), -1) * length).view(f.shape).topk(k * len(part) // len(f), dim=1).indices
+            f = torch.zeros_like(f).scatter_(1, top, f.gather(1, top)).view(len(part), -1)
         sums += torch.stack([(f @ W_dec + b_dec - part).pow(2).sum(), (f @ length).sum(), (f > 0).sum()]).double().cpu()
     error, size, active = (sums / len(x)).tolist()
-    return dict(loss=error + l1 * size, reconstruction=error, l1=l1 * size, l0=active, explained=1 - error / (x - x.mean(0)).pow(2).sum(1).mean().item())
+    charge = l1 * (dict(jumprelu=UNIT * active).get(kind, 0.0 if k else size))
+    return dict(loss=error + charge, reconstruction=error, l1=charge, l0=active, explained=1 - error / (x - x.mean(0)).pow(2).sum(1).mean().item())
 
 
 class Feed:
@@ -51,7 +55,8 @@ class Feed:
         device = job["device"]
         self.batches, self.held = data["x"].to(device).split(job["batch"]), data["held"].to(device)
         self.order = torch.randint(len(self.batches), (10**5,), generator=torch.Generator().manual_seed(job["seed"])).tolist()
-        self.at, self.weights, self.k = 0, None, None
+        self.at, self.weights, self.kind = 0, None, job.get("kind", "relu")
+        self.k = job["k"] if "topk" in self.kind else None
         self.start = load_file(job["start"]) if job["start"] else None
 
     def place(self, **parameters):
@@ -59,7 +64,7 @@ class Feed:
         if not self.start: return
         with torch.no_grad():
             for name, p in parameters.items():
-                value = self.start[name.removesuffix("_T")]
+                if (value := self.start.get(name.removesuffix("_T"))) is None: continue # a threshold, which begins as the package makes it
                 p.copy_(value.T if name.endswith("_T") else value)
 
     def clock(self):
@@ -71,15 +76,16 @@ class Feed:
         for line in sys.stdin:
             request = json.loads(line)
             if request["do"] == "judge":
-                tell(self.real, peak=peak_memory(self.job["device"]), **judge(self.weights(), self.held, self.job["l1"], self.k))
+                tell(self.real, peak=peak_memory(self.job["device"]), **judge(self.weights(), self.held, self.job["l1"], self.k, self.kind))
                 continue
-            took = []
+            took, processor = [], []
             for _ in range(request["n"]):
                 batch = self.batches[self.order[self.at]]
-                self.at, began = self.at + 1, self.clock()
+                self.at, began, used = self.at + 1, self.clock(), time.process_time()
                 yield batch
                 took.append(self.clock() - began)
-            tell(self.real, seconds=took)
+                processor.append(time.process_time() - used)
+            tell(self.real, seconds=took, processor=processor)
         os._exit(0) # nobody asks for more, and the loop is not to think that it is done
 
 

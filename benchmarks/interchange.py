@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/interchange.py
 
-has SAELens and dictionary_learning write dictionaries with random weights in every format, reads them with saenb, exports them, has SAELens read those, and prints the
+has SAELens, dictionary_learning and sparsify write dictionaries with random weights in every format, reads them with saenb, exports them, has SAELens read those, and prints the
 largest differences as a matrix of formats by packages. The small ones among them become tests/interchange/. The environment is that of parity.py, made if it is not there."""
 import argparse
 import json
@@ -36,8 +36,8 @@ def apart(sae: SAE, x, f, there: dict) -> dict:
     edge = (f > 0) != (there["f"] > 0)
     f_unit, x_unit = there["f"].max(), there["reconstruction"].abs().max()
     far = (f - there["f"]).abs() / f_unit
-    gate = next(iter(sae.gates), None)
-    limit = gate.threshold if hasattr(gate, "threshold") else sae.ungated(x).topk(gate.k).values[..., -1:] if hasattr(gate, "k") else torch.zeros(1)
+    gate = next((g for g in (*sae.gates, sae, sae.architecture) if hasattr(g, "threshold") or hasattr(g, "k")), None)
+    limit = gate.threshold if hasattr(gate, "threshold") else sae.ungated(x).topk(gate.k).values[..., -1:] if gate else torch.zeros(1)
     edge &= (sae.ungated(x) - limit).abs() <= BOUND * f_unit
     same = ~edge.any(-1)
     written = (sae.decode(f) - there["reconstruction"]).abs() / x_unit
@@ -87,7 +87,7 @@ def foreign(theirs: Theirs, width: str, fixtures: Path | None, work: Path) -> li
     d_in, d_sae, rows = WIDTHS[width]
     found = []
     for i, (package, case) in enumerate(theirs.ask("cases")):
-        folder = work/width/("gemma-scope-2b-pt-res/layer_19/width_4k/average_l0_1" if package == "Gemma Scope" else case)
+        folder = work/width/{"Gemma Scope": "gemma-scope-2b-pt-res/layer_19/width_4k/average_l0_1", "sparsify": "layers.19"}.get(package, case) # which name the layer
         active = theirs.ask("write", package=package, case=case, folder=str(folder), d_in=d_in, d_sae=d_sae, rows=rows, seed=i)["active"]
         there, sae = load_file(folder/"expected.safetensors"), load_sae(folder)
         with torch.no_grad(): read = apart(sae, there["x"], sae.encode(there["x"]), there)

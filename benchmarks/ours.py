@@ -34,12 +34,16 @@ class Ready:
 
 def saenb(job: dict, feed: Feed):
     "saenb's SAE and its Trainer.fit; the penalty is given as it counts at this width."
-    sae = SAE(SAEConfig(d_in=job["d_in"], d_sae=job["d_sae"])).to(job["device"])
+    kind = feed.kind + (f",k={job['k']},aux={job['aux']}" if feed.k else "")
+    sae = SAE(SAEConfig(d_in=job["d_in"], d_sae=job["d_sae"], architecture=kind)).to(job["device"])
     feed.place(**dict(sae.named_parameters()))
-    feed.weights = lambda: dict(W_enc=sae.W_enc, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
-    Trainer(sae, Ready(feed, job["d_in"], job["batch"]), (), TrainConfig(
+    with torch.no_grad(): sae.architecture.initialise(sae, feed.batches[0])
+    feed.weights = lambda: dict(sae.named_parameters())
+    trainer = Trainer(sae, Ready(feed, job["d_in"], job["batch"]), (), TrainConfig(
         steps=job["steps"], batch=job["batch"], lr=job["lr"], sparsity_penalty=job["l1"] / (LOGS_WIDTH / job["d_in"])**0.5, warmup=job["warmup"], decay=job["decay"] / job["steps"], seed=job["seed"],
-        precision=job["precision"])).fit(progress=False)
+        precision=job["precision"]))
+    trainer.reading = lambda _: map(trainer.ready, trainer.store.batches()) # none is fetched ahead, since the clock runs until the next is asked for
+    trainer.fit(progress=False)
 
 
 class Reader:

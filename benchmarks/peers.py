@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from contest import Feed, channel, listen, peak_memory
+from contest import BAND, START, UNIT, Feed, channel, listen, peak_memory
 
 real = channel()
 os.environ["JAXTYPING_DISABLE"], os.environ["WANDB_MODE"] = "1", "disabled"
@@ -16,33 +16,50 @@ import torch
 
 
 def saelens(job: dict, feed: Feed):
-    "SAELens' standard SAE and its SAETrainer.fit; `autocast` and `compile` are its runner's options."
-    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+    "SAELens' SAE of a kind and its SAETrainer.fit; `autocast` and `compile` are its runner's options, `dead` a setting of its trainer."
+    from sae_lens import saes
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
-    sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=job["d_in"], d_sae=job["d_sae"], device=job["device"], l1_coefficient=job["l1"], l1_warm_up_steps=job["warmup"]))
+    kind, own = {"relu": ("Standard", dict(l1_coefficient=job["l1"], l1_warm_up_steps=job["warmup"])),
+                 "topk": ("TopK", dict(k=job["k"], aux_loss_coefficient=job["aux"])),
+                 "batchtopk": ("BatchTopK", dict(k=job["k"], aux_loss_coefficient=job["aux"])),
+                 "jumprelu": ("JumpReLU", dict(l0_coefficient=job["l1"] * UNIT, l0_warm_up_steps=job["warmup"], jumprelu_init_threshold=START, jumprelu_bandwidth=BAND))}[feed.kind]
+    sae = getattr(saes, f"{kind}TrainingSAE")(getattr(saes, f"{kind}TrainingSAEConfig")(d_in=job["d_in"], d_sae=job["d_sae"], device=job["device"], **own))
     feed.place(W_enc=sae.W_enc, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
-    feed.weights = lambda: dict(W_enc=sae.W_enc, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
+    feed.weights = lambda: dict(sae.named_parameters())
     if job.get("compile"): sae.training_forward_pass = torch.compile(sae.training_forward_pass, backend="inductor") # as its runner does for compile_sae
+    dead = dict(dead_feature_window=job["dead"] - 1) if job.get("dead") else {}
     SAETrainer(SAETrainerConfig(total_training_samples=job["steps"] * job["batch"], train_batch_size_samples=job["batch"], lr=job["lr"], lr_end=job["lr"],
-                                lr_warm_up_steps=job["warmup"], lr_decay_steps=job["decay"], device=job["device"], autocast=job.get("autocast", False)), sae, iter(feed)).fit()
+                                lr_warm_up_steps=job["warmup"], lr_decay_steps=job["decay"], device=job["device"], autocast=job.get("autocast", False), **dead), sae, iter(feed)).fit()
 
 
 def dictionary_learning(job: dict, feed: Feed):
-    "dictionary_learning's StandardTrainer in its trainSAE; its autocast is for GPUs alone."
-    from dictionary_learning.trainers.standard import StandardTrainer
+    "dictionary_learning's trainer of a kind in its trainSAE; its autocast is for GPUs alone."
+    from dictionary_learning.trainers import batch_top_k, jumprelu, standard, top_k
     from dictionary_learning.training import trainSAE
+    rising = dict(sparsity_warmup_steps=job["warmup"])
+    Base, own = {"relu": (standard.StandardTrainer, dict(l1_penalty=job["l1"], **rising)),
+                 "topk": (top_k.TopKTrainer, dict(k=job["k"], auxk_alpha=job["aux"])), "batchtopk": (batch_top_k.BatchTopKTrainer, dict(k=job["k"], auxk_alpha=job["aux"])),
+                 "jumprelu": (jumprelu.JumpReluTrainer, dict(bandwidth=BAND, target_l0=job["target"], **rising))}[feed.kind]
 
-    class Placed(StandardTrainer):
+    class Placed(Base):
         "With the common start, and within sight of whoever judges."
         def __init__(self, **settings):
             super().__init__(**settings)
             ae = self.ae
-            feed.place(W_enc_T=ae.encoder.weight, b_enc=ae.encoder.bias, W_dec_T=ae.decoder.weight, b_dec=ae.bias)
-            feed.weights = lambda: dict(W_enc=ae.encoder.weight.T, b_enc=ae.encoder.bias, W_dec=ae.decoder.weight.T, b_dec=ae.bias)
+            if job.get("dead"): self.dead_feature_threshold = job["dead"] * job["batch"]
+            if feed.kind == "jumprelu": # which does not centre its input
+                feed.place(W_enc=ae.W_enc, b_enc=ae.b_enc, W_dec=ae.W_dec, b_dec=ae.b_dec)
+                ae.b_enc.data -= ae.b_dec.data @ ae.W_enc.data
+                ae.threshold.data.fill_(START)
+                feed.weights = lambda: dict(ae.named_parameters()) | dict(b_enc=ae.b_enc + ae.b_dec @ ae.W_enc)
+                return
+            bias = ae.bias if feed.kind == "relu" else ae.b_dec
+            feed.place(W_enc_T=ae.encoder.weight, b_enc=ae.encoder.bias, W_dec_T=ae.decoder.weight, b_dec=bias)
+            feed.weights = lambda: dict(W_enc=ae.encoder.weight.T, b_enc=ae.encoder.bias, W_dec=ae.decoder.weight.T, b_dec=bias)
 
-    trainSAE(feed, [dict(trainer=Placed, steps=job["steps"], activation_dim=job["d_in"], dict_size=job["d_sae"], layer=0, lm_name="none", lr=job["lr"], l1_penalty=job["l1"],
-                         warmup_steps=job["warmup"], sparsity_warmup_steps=job["warmup"], decay_start=job["steps"] - job["decay"], seed=job["seed"], device=job["device"])],
+    trainSAE(feed, [dict(trainer=Placed, steps=job["steps"], activation_dim=job["d_in"], dict_size=job["d_sae"], layer=0, lm_name="none", lr=job["lr"],
+                         warmup_steps=job["warmup"], decay_start=job["steps"] - job["decay"], seed=job["seed"], device=job["device"], **own)],
              steps=job["steps"], device=job["device"], autocast_dtype=torch.bfloat16 if job.get("autocast") else torch.float32)
 
 
@@ -72,9 +89,11 @@ def sparsify(job: dict, feed: Feed):
         def __len__(self): return job["steps"] * rows
         def __getitem__(self, i): return dict(input_ids=self.row)
 
+    dead = dict(dead_feature_threshold=job["dead"] * job["batch"] - 1) if job.get("dead") else {}
     trainer = Trainer(TrainConfig(SparseCoderConfig(num_latents=job["d_sae"], k=job["k"]), batch_size=rows, optimizer="adam", lr=job["lr"], lr_warmup_steps=job["warmup"],
-                                  init_seeds=[job["seed"]], save_every=10**9, log_to_wandb=False), Rows(), Ready())
+                                  init_seeds=[job["seed"]], save_every=10**9, log_to_wandb=False, auxk_alpha=job["aux"], **dead), Rows(), Ready())
     coder, feed.k = next(iter(trainer.saes.values())), job["k"]
+    feed.place(W_enc_T=coder.encoder.weight, b_enc=coder.encoder.bias, W_dec=coder.W_dec) # it centres on the first batch itself
     feed.weights = lambda: dict(W_enc=coder.encoder.weight.T, b_enc=coder.encoder.bias, W_dec=coder.W_dec, b_dec=coder.b_dec)
     trainer.fit()
 

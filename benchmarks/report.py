@@ -9,7 +9,7 @@ from saenb.base.errors import SaenbError
 from saenb.base.files import read_json, write_text
 from saenb.report.plots import keep
 
-PARTS = ("training", "harvest", "store", "evals", "steps", "growth")
+PARTS = ("training", "architectures", "harvest", "store", "evals", "steps", "growth")
 OUR_HARVEST, THEIR_HARVESTS = "saenb's harvest", ("SAELens' CacheActivationsRunner", "SAELens' ActivationsStore")
 QUIET = 0.1 # share of the processor that others may use before the report warns
 COLOURS = dict(saenb="tab:blue", saelens="tab:orange", dictionary_learning="tab:green", sparsify="tab:red", products="0.6")
@@ -42,6 +42,16 @@ DIFFERENCES = """What a step does that others' steps do not:
 - **dictionary_learning** computes six products, removes the parallel gradient and gives rows length one. It counts no dead features unless it is to resample them. Its autocast works on GPUs only.
 - **sparsify** trains another kind of dictionary: of each token's features the {k} largest are kept (TopK), so its products are mostly sparse and its loss has no L1 term. **Compare its cost, not its loss**;
   of what it reaches only the error of reconstruction is shown. It begins as it always does. Its loop sits around a model; here that is a stand-in whose one layer hands out the batch, of which sparsify makes a copy.
+"""
+
+
+ARCHITECTURES = """The same data, start, order and schedule as above, {steps} steps at {d_in:,} x {d_sae:,} with batches of {batch:,}; {k} features a token for TopK and BatchTopK. "Loss" is measured for
+everybody by one function on {held} activations that nobody trained on: the error, and for JumpReLU {charge} for each active feature. Ratios are those of processor time, which
+says the same as the clock where nothing else runs, and more where something does. For BatchTopK it keeps the strongest of 512 tokens at a time, since within so few
+steps no package's running threshold has settled. AuxK is off where nothing else is said, since no other package calls a feature dead within so few steps; where it is on, dead is what saenb calls so for all.
+
+dictionary_learning's JumpReLU aims at a number of active features ({target} here) by a squared penalty, so of it **compare the cost, not the loss**; its decoder's bias begins at a median of the first batch for TopK and
+BatchTopK. sparsify centres on the first batch, and its learning rate falls from the first step on. SAELens' `use_sparse_activations` does not train on a CPU.
 """
 
 
@@ -122,6 +132,33 @@ def training(kept: dict, out: Path, tag: str) -> str:
     keep(loss_curves(contests), out/f"{tag}loss.png")
     keep(step_bars(contests), out/f"{tag}training.png")
     return "\n".join([*text, DIFFERENCES.format(k=common["k"])])
+
+
+def architectures(kept: dict, out: Path, tag: str) -> str:
+    kinds, plan = {}, kept["settings"]
+    for item in kept["items"].values(): kinds.setdefault(item["kind"], []).append(item)
+    common = next(iter(kept["items"].values()))["common"]
+    text = [ARCHITECTURES.format(**common | dict(steps=common["steps"] - 1, held=f"{plan['held']:,}", charge=f"{0.1 * common['l1']:.3g}"))]
+    for kind, items in kinds.items():
+        rows, beside = [], {}
+        clock = "seconds" if tag else "processor" # which on a GPU says nothing
+        for item in items:
+            anchor = item["contestants"]["saenb"]
+            for name, c in item["contestants"].items():
+                if not c["seconds"] or (name == "saenb" and rows): continue
+                low, mid, high = spread(c[clock])
+                last = (c["curve"] or [{}])[-1]
+                times = ratio(c[clock], anchor[clock])
+                if c["package"] != "saenb" and "AuxK" not in name: beside[name] = times
+                rows.append({kind: name, "seconds a step": median(c["seconds"]), "of processor time": mid, "middle half": f"{show(low)} to {show(high)}", "times saenb's": times, "loss": last.get("loss"),
+                             "reconstruction": last.get("reconstruction"), "active features": last.get("l0"), "peak memory, MB": round(c["peak"]) if c.get("peak") else None})
+        text.append(table(rows))
+        if beside:
+            best = min(beside, key=beside.get)
+            text.append(f"The fastest of the others is {best}, whose step takes {beside[best]:.2g} times as long as saenb's in the same run.\n")
+        failed = [c["failed"] for item in items for c in item["contestants"].values() if c.get("failed")]
+        if failed: text.append("Not measured to the end: " + " ".join(failed) + "\n")
+    return "\n".join(text)
 
 
 def loss_curves(contests: list[dict]) -> Figure:
@@ -256,8 +293,8 @@ def growth(kept: dict, out: Path, tag: str) -> str:
     return f"Seconds a step (medians) on a stream of {first['d_in']:,}, measured as above but over fewer steps.\n\n" + table([{h: row.get(h) for h in ("features", "batch", *names)} for row in rows]) + f"\n![Growth]({tag}growth.png)\n"
 
 
-TITLES = dict(training="Training", harvest="Harvesting", store="Reading a store larger than memory", evals="Evaluations", steps="What every run's step costs", growth="How cost grows")
-SECTIONS = dict(training=training, harvest=harvest, store=store, evals=evals, steps=steps, growth=growth)
+TITLES = dict(training="Training", architectures="Training other architectures", harvest="Harvesting", store="Reading a store larger than memory", evals="Evaluations", steps="What every run's step costs", growth="How cost grows")
+SECTIONS = dict(training=training, architectures=architectures, harvest=harvest, store=store, evals=evals, steps=steps, growth=growth)
 
 
 def about(found: dict[str, dict]) -> str:
@@ -278,7 +315,7 @@ def write_report(out: Path, device: str = "cpu") -> Path:
     "The report of what has been measured, and of what has not."
     tag, title = ("gpu_", "Benchmarks on a GPU") if device == "cuda" else ("", "Benchmarks")
     results, found, body = out/"results"/("cuda" if device == "cuda" else ""), {}, []
-    for part in ("training", "growth") if device == "cuda" else PARTS:
+    for part in ("training", "architectures", "growth") if device == "cuda" else PARTS:
         path = results/f"{part}.json"
         kept = read_json(path, "file of results") if path.exists() else None
         if not kept or not kept.get("items"):
@@ -289,6 +326,6 @@ def write_report(out: Path, device: str = "cpu") -> Path:
             raise SaenbError(f"{path} does not hold what a report needs ({type(e).__name__}: {e}); delete it and measure that part again.") from None
         found[part] = kept
     made = about(found) + "\n\n" if found else ""
-    report = out/("gpu.md" if device == "cuda" else "report.md")
+    report = out/("report_gpu.md" if device == "cuda" else "report.md")
     write_text(report, "\n".join([INTRO.format(title=title, made=made, results="results/cuda/" if device == "cuda" else "results/"), *body]))
     return report

@@ -21,6 +21,8 @@ SHOW_DOC = re.compile(r"---\n+(?:\[source\]\(/blob/\w+/(\S+)#L(\w+)\)\{.*?\}\n+)
 TARGET = re.compile(r"^\((\S+)\)=$", re.MULTILINE)
 EXPLORER = re.compile(r"\[([^\]]+)\]\((?:\.\./)+figures/explorer/(\w+\.html)\)")
 FOLDED = re.compile(r"results$")  # pages that show what was found: their code is folded
+REPORT = re.compile(r"(results|report)$")  # pages of figures
+PAGE_WEIGHT, FIRST_WEIGHT = 2_500_000, 1_000_000  # bytes of a page and its own pictures, and of the first page
 RUN = re.compile(r'^<details class="run" id="run-(\w+)"><summary>.*?: (.*?)<', re.MULTILINE)
 PICTURE = re.compile(r'<img [^>]*?src="((?:\.\./)*_images/)(\w+)\.png"[^>]*?/?>')
 CALLOUT = re.compile(r"^(:{3,}) *\{\.callout-(\w+).*\}", re.MULTILINE)
@@ -40,6 +42,12 @@ def source(path, line):
     return f"\n\n<details><summary>Source</summary>\n\n~~~~~~python\n{code}\n~~~~~~\n\n</details>"
 
 
+def one_line(signature):
+    """Return a signature in one line, if it is short and nothing is said of its parameters."""
+    joined = re.sub(r"\(\s+", "(", " ".join(signature.split())).replace(" )", ")")
+    return joined + "\n" if len(joined) <= 90 and "#" not in signature else signature
+
+
 def show_doc(text, page):
     """Give what show_doc printed a target for links, and the source itself for a link to it."""
     match = SHOW_DOC.fullmatch(text)
@@ -47,12 +55,15 @@ def show_doc(text, page):
     path, line, body, name = match.groups()
     folded = source(path, int(line)) if line and line.isdigit() else ""
     body = body.replace("__main__.", "")  # nbdev runs the cells, so their classes are main's to it
-    body = re.sub(r"^```python\n(.*?)^```", r"```{code-block} python\n:class: signature\n\n\1```", body, flags=re.DOTALL | re.MULTILINE)
+    def signature(match): return f"```{{code-block}} python\n:class: signature\n\n{one_line(match[1])}```"
+    body = re.sub(r"^```python\n(.*?)^```", signature, body, flags=re.DOTALL | re.MULTILINE)
     return f"({page}:{name.lower()})=\n{body}{folded}"
 
 
-def convert_code(cell, page):
-    """Turn a code cell's directives into what MyST-NB knows; `output: asis` makes it the markdown that it printed."""
+def convert_code(cell, page, head=""):
+    """Turn a code cell's directives into what MyST-NB knows; `output: asis` makes it the markdown that it printed.
+
+    `fold: some words` folds code and outputs behind these words; pictures without words of their own are named by the `head` that they stand under."""
     lines, directives = cell.source.splitlines(), {}
     while lines and (match := DIRECTIVE.match(lines[0])):
         directives[match[1]] = match[2].strip(" \"'")
@@ -63,10 +74,25 @@ def convert_code(cell, page):
     cell.source = "\n".join(lines)
     cell.metadata = {"tags": [tag for (name, value), tag in TAGS.items() if directives.get(name) == value]}
     if FOLDED.search(page): cell.metadata["tags"].append("hide-input")
-    caption = directives.get("fig-cap")
-    alt = directives.get("fig-alt", caption or "Drawn by the cell above")
-    cell.metadata["mystnb"] = {"image": {"alt": alt}} | ({"figure": {"caption": caption}} if caption else {})
+    caption, fold = directives.get("fig-cap"), directives.get("fold")
+    image = {"alt": directives.get("fig-alt", caption or f"{head}: drawn by the cell above")}
+    if REPORT.search(page): image["classes"] = "report"
+    cell.metadata["mystnb"] = {"image": image} | ({"figure": {"caption": caption}} if caption else {})
+    if fold:
+        cell.metadata["tags"] = ["hide-cell"]
+        cell.metadata["mystnb"] |= {"code_prompt_show": fold, "code_prompt_hide": fold}
     return cell
+
+
+def headings(cells, title):
+    """Return the heading that each cell stands under, without markup."""
+    found = []
+    for cell in cells:
+        prose = re.sub(r"^```.*?^```", "", cell.source, flags=re.DOTALL | re.MULTILINE) if cell.cell_type == "markdown" else ""
+        for line in prose.splitlines():
+            if match := re.match(r"#+ (.*)", line): title = re.sub(r"[`*$]|\]\(.*?\)|\[", "", match[1])
+        found.append(title)
+    return found
 
 
 def found_by(words):
@@ -83,14 +109,24 @@ def found_run(page):
     return entries
 
 
-def convert(nb, page):
-    """Turn a notebook that nbdev has processed into one that MyST-NB reads."""
+def opening(path):
+    """Return what a notebook's first cell says after its title and sentence; nbdev keeps these two alone."""
+    first = nbformat.read(path, as_version=4).cells[0]
+    parts = re.split(r"^>.*\n(?:>.*\n)*", first.source + "\n", maxsplit=1, flags=re.MULTILINE)
+    return parts[1].strip() if first.cell_type == "markdown" and len(parts) == 2 else ""
+
+
+def convert(nb, page, path):
+    """Turn a notebook that nbdev has processed, and that lies at `path`, into one that MyST-NB reads."""
     front = yaml.safe_load(nb.cells[0].source.strip().strip("-")) if nb.cells[0].cell_type == "raw" else {}
     head = f"# {front['title']}\n\n{front.get('description', '')}" if "title" in front else ""
     synonyms = yaml.safe_load(Path("docs/synonyms.yml").read_text(encoding="utf-8"))
     if words := synonyms.get(page.split("/")[-1]): head += "\n\n" + found_by(words)
+    if front: head += "\n\n" + opening(path)
+    heads = headings(nb.cells, front.get("title", ""))
     nb.cells = [nbformat.v4.new_markdown_cell(head)] + [
-        convert_code(cell, page) if cell.cell_type == "code" else cell for cell in nb.cells if cell.cell_type != "raw"]
+        convert_code(cell, page, above) if cell.cell_type == "code" else cell
+        for cell, above in zip(nb.cells, heads) if cell.cell_type != "raw"]
     seen = set()  # targets know no capitals: of a class and a function of one name, the first gets the links
     for cell in nb.cells:
         if cell.cell_type != "markdown": continue
@@ -133,6 +169,26 @@ def for_phones(site):
         if "_images/" in text: path.write_text(PICTURE.sub(picture, text), encoding="utf-8")
 
 
+def weights(site):
+    """Return the bytes of each page with its own pictures, the heaviest first; what all pages share is left out."""
+    found = {}
+    for path in site.rglob("*.html"):
+        if "_static" in path.relative_to(site).parts: continue
+        names = set(re.findall(r'(?:src|srcset)="([^":]+\.(?:png|jpg|svg))"', path.read_text(encoding="utf-8")))
+        found[path.relative_to(site).as_posix()] = path.stat().st_size + sum((path.parent / n).stat().st_size for n in names)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def weigh(site):
+    """Print what the first page and the heaviest weigh, and return 1 if one is too heavy."""
+    found = weights(site)
+    heavy = [name for name, size in found.items() if size > (FIRST_WEIGHT if name == "index.html" else PAGE_WEIGHT)]
+    print(f"{len(found)} pages; with their own pictures, in kB:")
+    for name in ["index.html", *[n for n in found if n != "index.html"][:10]]: print(f"{found[name] / 1000:8,.0f}  {name}")
+    for name in heavy: print(f"{name} is too heavy: {found[name] / 1000:,.0f} kB", file=sys.stderr)
+    return bool(heavy)
+
+
 def main():
     """Build the site and return the exit status."""
     os.chdir(Path(__file__).parent.parent)
@@ -144,7 +200,7 @@ def main():
     for path, nb in notebooks.items():
         page = _nbpath2html(path.relative_to(folder)).with_suffix("").as_posix()
         pages[page] = path.relative_to(folder).as_posix()
-        convert(nb, page)
+        convert(nb, page, Path("nbs") / path.relative_to(folder))
     notebooks[folder / "index.ipynb"].cells.append(toctree({name.removesuffix(".ipynb") for name in pages.values()}))
     markdown = [cell for nb in notebooks.values() for cell in nb.cells if cell.cell_type == "markdown"]
     targets = {name for cell in markdown for name in TARGET.findall(cell.source)}
@@ -165,6 +221,7 @@ def main():
         for match in ELSEWHERE.finditer(path.read_text(encoding="utf-8")):
             print(f"{path} loads from another host: {match[0]}", file=sys.stderr)
             status = 1
+    status = status or weigh(site)
     if status == 0:
         shutil.rmtree("_docs", ignore_errors=True)
         shutil.move(site, "_docs")

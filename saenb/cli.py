@@ -124,7 +124,7 @@ SEVERAL = ( # dictionaries in one pass
 
 # %% ../nbs/5_laboratory/122_cli.ipynb #c6fb42ce
 @command(
-    option("store", help="a harvest's folder, such as runs/tiny/store"),
+    option("store", help="a harvest's folder, such as runs/tiny/store; with --live, a preset"),
     option("out", help="folder for the log, the checkpoint and the dictionary; training goes on "
                "from what is there"),
     option("--run", "--mechanisms", metavar="ID", help="the run whose mechanisms take part (default: a "
@@ -141,15 +141,17 @@ SEVERAL = ( # dictionaries in one pass
                "(default), or of equal variance in every dimension; folded back in what is saved"),
     option("--seed", type=whole, default=0),
     option("--checkpoint-every", type=above_zero, help="steps between checkpoints (default: 500)"),
+    option("--live", action="store_true", help="read the preset's model meanwhile, and keep no store"),
     option("--shard", action="store_true", help="under torchrun: divide the features among the "
                "processes, rather than the tokens"),
     *SEVERAL, ARCHITECTURE, DEVICE)
 def train_command(args):
     "Train one dictionary on a store, alone or, under torchrun, in several processes; or several in one pass."
-    from saenb.data.store import Store
-    from saenb.lab.harvesting import judging
+    from saenb.lab.harvesting import judging, live_store
+    from saenb.lab.preset_files import find_preset
     from saenb.lab.training import train
     params = {name: getattr(args, name) for name in TRAINING if getattr(args, name) is not None}
+    if args.live: args.store = live_store(find_preset(args.store))
     if args.each or args.seeds: return _train_each(args, params)
     trainer = train(args.store, args.out, run=args.run, d_sae=args.d_sae, shard=args.shard, seed=args.seed,
                     architecture=args.architecture, **params)
@@ -159,7 +161,7 @@ def train_command(args):
         return dict(dictionary=str(Path(args.out)/"sae"), training_steps=trainer.index, processes=processes(),
                     **{k: last[k] for k in ("loss", "reconstruction", "l0", "dead") if last})
     print(f"The dictionary is in {Path(args.out)/'sae'}, after {trainer.index:,} training steps; "
-          f"{judging(Store.open(args.store), args.out)}.")
+          f"{judging(trainer.store, args.out)}.")
 
 # %% ../nbs/5_laboratory/122_cli.ipynb #aa114001
 def _train_each(args, params):

@@ -191,6 +191,20 @@ def browser():
         browser.close()
 
 
+def violations(page):
+    """What axe-core finds wrong with an opened page for those who read it in other ways, a line each; in the dark, what is seen alone."""
+    from importlib.resources import files
+    script = pytest.importorskip("axe_playwright_python", reason="pages are judged by axe-core, which `pip install axe-playwright-python` brings")
+    page.evaluate((files(script)/"axe.min.js").read_text(encoding="utf-8"))
+    found = []
+    for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_function(f"matchMedia('(prefers-color-scheme: {scheme})').matches")
+        for v in page.evaluate("rules => axe.run({preload: false, ...rules})", rules)["violations"]: # style sheets are not fetched again
+            found += [f"{scheme}: {v['id']} ({v['impact']}): {n['html'][:150]}: {n['failureSummary']}" for n in v["nodes"]]
+    return found
+
+
 @pytest.fixture
 def ends_the_same(store, tmp_path):
     """Check that a dictionary and its mechanisms, stopped between two checkpoints and resumed, end with the bytes of an unbroken training."""

@@ -367,6 +367,7 @@ def test_features_that_are_reset_or_moved_take_along_what_is_theirs():
 def test_others_read_what_is_written_for_them(architecture, tmp_path):
     from saenb.sae.formats.dictionary_learning import WRITTEN, to_dictionary_learning
     from saenb.sae.formats.saelens import STORED, export
+    from saenb.sae.formats.sparsify import to_sparsify
     sae, x = training(architecture).fit(progress=False), next(STREAM.batches(256, 3)).x
     export(sae, tmp_path/"saelens")
     to_dictionary_learning(sae, tmp_path/"learning")
@@ -379,9 +380,29 @@ def test_others_read_what_is_written_for_them(architecture, tmp_path):
             torch.testing.assert_close(again.encode(x), sae.encode(x), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(again(x), sae(x), rtol=1e-4, atol=1e-4)
     masked = SAE(SAEConfig(WIDTH, FEATURES, architecture="topk,k=8", gates=[dict(name="HardMask", settings=dict(parts=4))]))
-    for write in (export, to_dictionary_learning):
+    for write in (export, to_dictionary_learning, to_sparsify):
         with pytest.raises(SaenbError, match="has no class for a topk dictionary with gates; write it with `save`"): write(masked, tmp_path/"masked")
+        if architecture.startswith("topk"):
+            write(sae, tmp_path/write.__name__)
+            with pytest.raises(SaenbError, match="already holds a dictionary; choose another folder"): write(sae, tmp_path/write.__name__)
+            with torch.no_grad(): torch.testing.assert_close(load_sae(tmp_path/write.__name__)(x), sae(x), rtol=1e-4, atol=1e-4)
+        elif write is to_sparsify:
+            with pytest.raises(SaenbError, match="sparsify has no class for a"): write(sae, tmp_path/"none")
     assert load_sae(masked.save(tmp_path/"saved")).gates
+
+
+def test_the_command_writes_for_every_tool(tmp_path, capsys):
+    from saenb.cli import main
+    topk, jump = (fresh(kind).eval() for kind in ("topk,k=8", "jumprelu"))
+    x = next(STREAM.batches(64)).x
+    for tool, said in dict(saelens="as topk.", dictionary_learning="as AutoEncoderTopK.", sparsify="as a SparseCoder.").items():
+        line = ["export", str(topk.save(tmp_path/"topk")), str(tmp_path/tool), "--to", tool]
+        assert main(line) == 0 and capsys.readouterr().out.strip().endswith(said)
+        with torch.no_grad(): torch.testing.assert_close(load_sae(tmp_path/tool)(x), topk(x), rtol=1e-4, atol=1e-4)
+        assert main(line) == 2 and "already holds a dictionary; choose another folder" in capsys.readouterr().err
+    assert main(["export", str(jump.save(tmp_path/"jump")), str(tmp_path/"none"), "--to", "sparsify"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "sparsify has no class for a jumprelu dictionary; write it with `save`" in err and not (tmp_path/"none").exists()
 
 
 def test_sparsify_and_gemma_scope_2_are_read_or_refused(tmp_path):
@@ -418,6 +439,30 @@ def test_sparsify_and_gemma_scope_2_are_read_or_refused(tmp_path):
         with pytest.raises(SaenbError, match=said): written(pile, "cfg.json", theirs, about | change, "sae.safetensors")
 
 
+def test_a_frontier_is_made_seed_by_seed_and_drawn_as_far_as_it_is_known(monkeypatch):
+    from saenb.lab import frontier
+    asked = []
+    monkeypatch.setattr(frontier, "run", lambda run, preset, seed, out, steps, change, progress: asked.append((seed, change["architecture"], steps, preset)))
+    frontier.make_frontier("tiny", "nowhere", 2, dict(topk=[dict(architecture=f"topk,k={k}") for k in (5, 10)], relu=[dict(architecture="relu")]), 7, ("core", "absorption"))
+    assert [a[:3] for a in asked] == [(seed, kind, 7) for seed in (0, 1) for kind in ("topk,k=5", "topk,k=10", "relu")]
+    assert {a[3].recorded for a in asked} == {("core", "absorption")} and {a[3].name for a in asked} == {"tiny"}
+    measures = (*frontier.MEASURES, "absorption fraction", "probing k=5")
+    rows = [{"architecture": "topk", "setting": str(k), "seed": seed, "L0": k + seed} | {m: seed / k for m in measures} for k in (5, 10) for seed in (0, 1)]
+    shown = lambda rows: [ax.get_ylabel() for ax in frontier.draw_frontier(rows, measures).axes if ax.axison]
+    assert shown(rows) == list(measures)
+    del rows[2]["held-out score"]
+    assert shown(rows) == [m for m in measures if m != "held-out score"]
+
+
+def test_a_record_names_its_architecture(tmp_path):
+    from saenb.lab.runner import _notes, plan_record
+    info = dict(layer=0, dict_size=64, training_steps=5, final_loss=None, l0=None, unexplained_variance=None)
+    mine, plain = (plan_record("orthogonality/1", "tiny", 0, tmp_path, change=change) for change in (dict(architecture="topk,k=16"), None))
+    assert mine.config["run"]["architecture"] == "topk,k=16" and mine.record.path.parent.name == "run_1@architecture=topk,k=16"
+    assert "architecture" not in plain.config["run"] and mine.recipe != plain.recipe
+    for plan, count in ((mine, 1), (plain, 0)): assert _notes(plan.config, info, []).count("\n- architecture: topk,k=16\n") == count
+
+
 def test_a_variant_is_compared_with_the_baseline_of_its_architecture(tmp_path):
     from saenb.lab.records import Record
     from saenb.report.compare import baseline_of
@@ -435,6 +480,34 @@ def test_a_variant_is_compared_with_the_baseline_of_its_architecture(tmp_path):
     theirs = record("0", "topk,k=16")
     assert baseline_of(mine).path == theirs.path == baseline_of(theirs).path and baseline_of(record("2")).path == plain.path
     with pytest.raises(SaenbError, match="no baseline .*saenb run orthogonality/0 .*--architecture gated"): baseline_of(without)
+
+
+def test_of_several_baselines_the_one_with_the_most_similar_l0_is_taken(tmp_path):
+    from saenb.lab.records import Record
+    from saenb.report.compare import baseline_of, compare
+    def record(number, seed, l0, variant="architecture=jumprelu", score=0.2, **training):
+        folder = tmp_path/"made"/"orthogonality"/f"run_{number}@{variant}"/f"seed_{seed}"
+        folder.mkdir(parents=True)
+        run = dict(id=f"orthogonality/{number}", title="Some run", architecture="jumprelu")
+        (folder/"config.json").write_text(json.dumps(dict(run=run, preset="made", seed=seed, variant=variant, training=training)))
+        (folder/"final_info.json").write_text(json.dumps(dict(l0=l0)))
+        (folder/"evals").mkdir()
+        (folder/"evals"/"unlearning.json").write_text(json.dumps(dict(eval_result_unstructured=dict(
+            score=score, interval=[0, 1], selectivity=0.1, selectivity_interval=[0, 1]))))
+        return Record(folder)
+    sparser, denser = (f"architecture=jumprelu,sparsity_penalty={p}" for p in (0.08, 0.02))
+    for seed in (0, 1):
+        for variant, l0 in (("architecture=jumprelu", 40.0), (sparser, 20.0), (denser, 80.0 + seed)): record(0, seed, l0, variant, score=l0 / 100)
+    mine = [record(1, 0, 55.0, score=0.5), record(1, 1, 75.0, score=0.7)] # 65 on average: both seeds have the same baseline
+    assert [baseline_of(r).variant for r in mine] == [denser, denser]
+    assert baseline_of(record(2, 0, 22.0)).variant == sparser and baseline_of(record(3, 0, 39.0, denser)).variant == "architecture=jumprelu"
+    other = record(4, 0, 80.0, lr=0.5) # nothing says how the baselines were trained, so all of them fit
+    assert baseline_of(other).variant == denser
+    assert baseline_of(Record(tmp_path/"made"/"orthogonality"/f"run_0@{denser}"/"seed_0")).variant == "architecture=jumprelu"
+    (row,) = [r for r in compare(mine) if r["measure"] == "score"]
+    assert row["difference"] == pytest.approx(0.6 - 0.805) and row["seeds"] == 2
+    (tmp_path/"made"/"orthogonality"/f"run_0@{denser}"/"seed_1"/"final_info.json").unlink()
+    assert baseline_of(mine[0]).variant == denser and baseline_of(mine[1]).variant == "architecture=jumprelu" # what is not finished is none
 
 
 def test_dictionaries_of_one_pass_are_what_they_would_be_alone(tmp_path):

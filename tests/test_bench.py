@@ -14,6 +14,7 @@ from hypothesis import given, strategies as st
 from saenb.base.errors import SaenbError
 from saenb.sae.sae import SAE, SAEConfig
 from saenb.sae.architectures import LOGS_WIDTH, sparsity_loss
+from saenb.sae.jumprelu import UNIT
 from saenb.train.config import reconstruction_loss
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ def test_a_report_is_made_from_results_alone(measured, call, capsys):
     assert {p.name for p in measured.glob("*.png")} == {"loss.png", "training.png", "steps.png"} and all(f"({name})" in report for name in ("loss.png", "training.png", "steps.png"))
     assert rows(report, "positional/1")[2:] == ["1.75", "1.5", "2.5"]
     assert "sae-lens 6.54.12" in report and "2026-01-02" in report and "some processor" in report
-    assert report.count("Not measured yet") == 4 and "do not rely" not in report # of six parts, on an idle machine
+    assert report.count("Not measured yet") == 5 and "do not rely" not in report # of seven parts, on an idle machine
 
 
 def test_ratios_are_of_the_run_that_both_took_part_in(measured):
@@ -91,6 +92,17 @@ def test_ratios_are_of_the_run_that_both_took_part_in(measured):
     assert rows(report, "dictionary_learning")[5] == "4" # and not 8, of the faster run
     assert rows(report, "saenb")[1] == "0.2" and rows(report, "five products, bfloat16")[5:7] == ["0.5", "2,174 GFLOP/s"]
     assert rows(report, "saenb")[6] == "25%" # 0.05 of 0.2 seconds
+
+
+def test_architectures_are_compared_by_processor_time_within_their_own_group(tmp_path):
+    def one(package, seconds, processor, **more): return contestant(package, seconds) | dict(processor=processor) | more
+    first = group(saenb=one("saenb", [5.0] * 4, [0.5] * 4), SAELens=one("saelens", [3.0] * 4, [1.5] * 4)) | dict(kind="topk")
+    second = group(saenb=one("saenb", [1.0] * 4, [1.0] * 4), sparsify=one("sparsify", [4.0] * 4, [2.5] * 4), **{"sparsify, AuxK": one("sparsify", [1.1] * 4, [1.1] * 4)}) | dict(kind="topk")
+    broken = group(saenb=one("saenb", [1.0] * 4, [1.0] * 4), dictionary_learning=dict(package="dictionary_learning", seconds=[], processor=[], curve=[], failed="it stopped.")) | dict(kind="jumprelu")
+    for item in (first, second, broken): item["common"] |= dict(target=64)
+    report = REPORT.write_report(results(tmp_path, "architectures", {"a": first, "b": second, "c": broken}, held=1024)).read_text()
+    assert rows(report, "SAELens")[1:5] == ["3", "1.5", "1.5 to 1.5", "3"] and rows(report, "sparsify")[4] == "2.5" and rows(report, "saenb")[2] == "0.5"
+    assert "The fastest of the others is sparsify, whose step takes 2.5 times" in report and "Not measured to the end: it stopped." in report # and not the one with AuxK
 
 
 def test_a_machine_that_was_busy_is_told_of(measured):
@@ -136,6 +148,16 @@ def test_everybody_is_judged_by_what_saenb_minimises(contest):
     longer = weights | dict(W_dec=4 * sae.W_dec, W_enc=sae.W_enc / 4, b_enc=sae.b_enc / 4) # the same dictionary, its rows of another length
     assert contest.judge(longer, x, 0.04) == pytest.approx(found, rel=1e-4)
     assert contest.judge(weights, x, 0.04, k=3)["l0"] <= 3
+    for kind, more in {"topk,k=3": {}, "batchtopk,k=3": {}, "jumprelu": dict(threshold=torch.rand(96) * 0.5)}.items():
+        sae = SAE(SAEConfig(d_in=48, d_sae=96, architecture=kind)).train()
+        with torch.no_grad():
+            for name, value in (weights | more).items(): getattr(sae, name).copy_(value)
+            f = sae.encode(x[:512]) # as many as are judged at a time
+            error, active = reconstruction_loss(x[:512], sae.decode(f), 1.0).item(), (f > 0).sum(1).float().mean().item()
+        found = contest.judge(weights | more, x[:512], 0.04, None if more else 3, kind.partition(",")[0])
+        assert (found["reconstruction"], found["l0"]) == pytest.approx((error, active), rel=1e-5)
+        assert found["loss"] == pytest.approx(error + (0.04 * UNIT * active if more else 0)) and 0 < active < 48
+    assert (contest.UNIT, contest.START, contest.BAND) == (UNIT, *(SAE(SAEConfig(4, 8, architecture="jumprelu")).architecture.defaults[n] for n in ("start", "bandwidth")))
 
 
 def test_the_made_up_stream_is_the_same_every_time_and_one_long(bench):

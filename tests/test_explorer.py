@@ -1,11 +1,15 @@
 """The page that shows a dictionary's features: its numbers against plain counts, and that nothing in it escapes."""
 import base64
+import gc
 import gzip
 import json
 import re
+import signal
 import threading
 from dataclasses import replace
 from http.client import HTTPConnection
+from http.server import HTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +21,8 @@ from saenb.evals.exam import feature_stats
 from saenb.evals.interventions.intervention import plain_answers
 from saenb.evals.interventions.clamp import Clamp
 from saenb.evals.unlearning import evaluate
+from saenb.lab.feature_commands import _serve
+from saenb.lab.stopping import Stopped, stop_at_once
 from saenb.report.explorer import (
     AFTER, BEFORE, BINS, POOL, QUANTILES, explore, lost_alone, page, peaks, spread, unpacked, write_page)
 from saenb.report.explorer_server import BODY, LONGEST, server, try_text
@@ -208,6 +214,14 @@ def test_a_page_leads_back_to_pages_only(found, back):
     with pytest.raises(SaenbError, match="cannot lead back"): page(found, "A page", back)
     for good in ("../index.html", "https://example.org/a?b=c#d"):
         assert f'"back": "{good}"' in page(found, "A page", good)
+
+
+def test_serving_ends_at_once_and_says_so(found, exam, trained, monkeypatch, capsys):
+    monkeypatch.setattr(HTTPServer, "serve_forever", lambda self: stop_at_once(signal.SIGTERM))
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # this process goes on
+    with pytest.raises(Stopped, match="shows the page again") as stopped:
+        _serve(found, "A page", exam.readings, trained, SimpleNamespace(port=0, report=""))
+    assert stopped.value.number == signal.SIGTERM and "http://127.0.0.1:" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
@@ -11,7 +12,7 @@ from saenb.report.experiments.contrastive_report import feature_thresholds
 from saenb.report.experiments.dual_objective_report import feature_importance
 from saenb.report.experiments.positional_report import hard_to_soft, position_masks, positional_fidelity, specialisation_retained
 from saenb.report.figures import figures_of
-from saenb.report.plots import run_style, smallest_letters, training_curves, unlearning_scores
+from saenb.report.plots import keep, run_style, smallest_letters, training_curves, unlearning_scores
 from saenb.report.figures import Material, at_a_glance, draw_figures, everything, last_of_log, side_by_side, switched_off, titled
 
 KEPT = ROOT/"runs"/"tiny-full"
@@ -173,6 +174,14 @@ def test_every_runs_score_is_seen_at_a_glance(tmp_path):
         assert all(low > last for low, last in ends)
     positional_record(tmp_path, 0)
     assert at_a_glance(tmp_path) is None
+
+
+@pytest.mark.parametrize("records, name", [("tiny-full", "at_a_glance"), ("tiny-cues-full", "second_edition")])
+def test_the_first_pictures_are_those_of_the_records(records, name, tmp_path):
+    """Byte for byte, wide and for a phone."""
+    for phone, ending in ((False, ""), (True, "_phone")):
+        drawn = keep(at_a_glance(ROOT/"runs"/records, phone=phone), tmp_path/f"{name}.png")
+        assert drawn.read_bytes() == (ROOT/"figures"/"overview"/f"{name}{ending}.png").read_bytes(), f"draw {name}{ending}.png again"
 
 
 def test_every_letter_is_read_on_a_phone():

@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, strategies as st
 
+from saenb.base.devices import device_name, find_device
 from saenb.base.errors import SaenbError
 from saenb.lab.reproduction import explored
 from saenb.lab.runner import run
@@ -61,6 +62,7 @@ def test_a_record_is_all_there(baseline, out):
     assert (baseline.config["run"] == all_runs()["orthogonality/0"].as_dict()
             and baseline.config["training"]["steps"] == STEPS)
     assert [line["step"] for line in baseline.log] == [20, 40, 60]
+    assert baseline.info["device"] == json.loads((baseline.path/"timing.json").read_text())["device"] == device_name(find_device())
     assert (baseline.sae.cfg.training_steps == STEPS
             and baseline.sae.cfg.about == dict(run="orthogonality/0", preset="tiny", seed=0))
 

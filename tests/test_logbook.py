@@ -77,3 +77,13 @@ def test_the_committed_logs_are_those_of_the_committed_records(tmp_path):
     for path in write_logs(tmp_path/"tiny-full"):
         assert (path.read_text() == (KEPT/path.relative_to(tmp_path/"tiny-full"))
                 .read_text()), f"make it again: {path}"
+
+
+def test_every_run_of_a_log_has_its_equation_and_its_place_in_it():
+    logged = [e for e in experiments().values() if e.log]
+    assert {e.name for e in logged} == {"orthogonality", "positional", "contrastive", "dual_objective"}
+    for e in logged:
+        log = run_log(Material(KEPT, e.name))
+        for run in e.runs:
+            assert run.source and all(part in log for part in run.equation.split(r", \qquad ")) and f'from the log "{e.log}", {run.source}:' in log, run.id
+            assert run.equation.count("{") == run.equation.count("}") and run.equation.count(r"\Big(") == run.equation.count(r"\Big)")

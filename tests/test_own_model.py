@@ -176,6 +176,30 @@ def test_a_store_by_options_and_a_dictionary_on_it(here, preset, tmp_path):
         refused(here(line), said)
 
 
+def test_stores_of_several_layers_are_made_side_by_side_in_one_pass(here, preset, tmp_path, monkeypatch):
+    read, texts = [], "--texts forget.txt:forget retain.txt:retain --tokens 2000 --seq-len 64"
+    from saenb.data import harvest
+    rows = harvest.token_rows
+    monkeypatch.setattr(harvest, "token_rows", lambda *args: (read.append(row) or row for row in rows(*args)))
+    code, out, _ = here(f"harvest stores --model model --layer 2,0 {texts}")
+    first, second = out.splitlines()
+    assert code == 0 and "stores/layer_2 holds" in first and "at layer 2" in first and "stores/layer_0 holds" in second
+    assert "saenb train stores/layer_2 FOLDER" in second and len(read) == -(-2000 // 63)
+    for layer in (2, 0):
+        assert here(f"harvest alone_{layer} --model model --layer {layer} {texts}")[0] == 0
+        both, alone = Store.open(tmp_path/"stores"/f"layer_{layer}"), Store.open(tmp_path/f"alone_{layer}")
+        assert both.layer == layer and both.about == alone.about # with the checksums of all shards
+    count = len(read)
+    code, out, _ = here(f"harvest stores --model model --layer 2,0 {texts} --json")
+    assert code == 0 and [row["layer"] for row in json.loads(out)] == [2, 0] and len(read) == count # found, not made again
+    refused(here(f"harvest others --model model --layer 0,7 {texts}"), "layers 0 to 2")
+    for layers, said in {"1,1": "layer 1 stands there twice", "0,x": "'x' is not a whole number", "0,": "'' is not a whole number"}.items():
+        with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as ended:
+            main(f"harvest others --model model --layer {layers} {texts}".split())
+        refused((ended.value.code, "", err.getvalue()), said)
+    assert not (tmp_path/"others").exists()
+
+
 def test_commands_name_the_preset_that_fits(here, preset, tmp_path):
     assert here("harvest --preset my.toml --out elsewhere")[0] == 0
     code, out, _ = here("train elsewhere/my/store mine --steps 5 --batch 64")

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from conftest import needs_browser
+from conftest import needs_browser, violations
 from saenb.report.explorer import AFTER, BEFORE, BINS, packed, write_page
 
 pytestmark = needs_browser
@@ -195,10 +195,20 @@ def test_ones_own_text_is_tried(browser, world, model):
     assert page.query_selector_all("#found .near")
     page.evaluate("choose(2)")
     page.wait_for_selector("#mine")
-    assert not [s for s in said if "favicon" not in s and "404" not in s]
+    assert not violations(page)
+    assert not said
     page.close()
     running.shutdown()
     running.server_close()
+
+
+def test_the_keyboard_chooses_and_axe_finds_nothing(page):
+    """A row is reached and chosen without a mouse, and stays in hand; the page is read by a screen reader, in the light and in the dark."""
+    page.focus("#rows .row:nth-child(3)")
+    third = page.get_attribute("#rows .row:nth-child(3)", "data-feature")
+    page.keyboard.press("Enter")
+    assert page.inner_text("#detail h2").startswith(f"Feature {third}") and page.evaluate("document.activeElement.dataset.feature") == third
+    assert not violations(page)
 
 
 def test_it_reads_on_a_phone(browser, made, tmp_path):

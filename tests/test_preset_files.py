@@ -153,7 +153,7 @@ def test_everything_of_the_standin_is_found(called, standin, tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["ready"] and {n["kind"] for n in told["needs"]} == {
-        "model", "texts", "questions", "evaluation", "disk", "memory", "stream", "time"}
+        "device", "model", "texts", "questions", "evaluation", "disk", "memory", "stream", "time"}
     assert sum("probing" in n["what"] for n in told["needs"]) == 8
     assert not list(tmp_path.iterdir())
 

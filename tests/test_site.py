@@ -6,9 +6,12 @@ import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 
-from conftest import ROOT, needs_browser
+from conftest import ROOT, needs_browser, violations
+
+FOUND = ("Where no list of words helps", "What was found")  # what a report begins with
 
 
 class Page(HTMLParser):
@@ -21,7 +24,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
         self.names |= {found.get("id"), found.get("name")}
-        self.links += [found[k] for k in ("href", "src") if found.get(k)]
+        self.links += [found[k] for k in ("href", "src", "srcset") if found.get(k)]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,18 @@ def test_every_notebook_has_a_page(pages):
                  for p in (ROOT/"nbs").rglob("*.ipynb")
                  if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT/"nbs").parts)}
     assert notebooks <= pages.keys() and {"explorer/baseline.html", "explorer/best.html"} <= pages.keys()
+
+
+def test_pages_begin_with_all_that_their_notebooks_begin_with(pages):
+    """What comes before and after, and what has to be known before any number, stands in a notebook's first cell."""
+    followed = 0
+    for path in (ROOT/"nbs").rglob("[0-9]*.ipynb"):
+        first = nbformat.read(path, as_version=4).cells[0].source
+        page = pages[path.relative_to(ROOT/"nbs").with_suffix(".html").as_posix()]
+        for link in re.findall(r"\]\(([\w./-]+\.ipynb)[^)]*\)", first):
+            followed += 1
+            assert any(to.partition("#")[0].endswith(link.replace(".ipynb", ".html").lstrip("./")) for to in page.links), f"{path} lacks {link}"
+    assert followed > 200
 
 
 def test_every_internal_link_leads_somewhere(site, pages):
@@ -88,9 +103,13 @@ def opened(browser):
 
 @needs_browser
 def test_every_page_opens_wide_and_narrow(opened, site, pages):
+    """Pages of findings and figures end before 8,000 pixels; those that define functions may be longer, up to a limit."""
     for name in pages:
+        opened.set_viewport_size(dict(width=1400, height=900))
         opened.goto((site/name).as_uri())
         assert opened.title()
+        height = opened.evaluate("document.documentElement.scrollHeight")
+        assert height < (8_000 if re.search("index|result|report|real_model", name) else 18_000), f"{name} is {height} pixels high"
         for width in (1280, 390):
             opened.set_viewport_size(dict(width=width, height=800))
             beyond = opened.evaluate("document.documentElement.scrollWidth - innerWidth")
@@ -116,11 +135,28 @@ def test_reports_open_with_what_was_found(opened, site):
     opened.set_viewport_size(dict(width=1400, height=900))
     for page in ("48_orthogonality_results", "52_positional_results", "55_contrastive_results", "58_dual_objective_results"):
         opened.goto((site/"3_ideas"/f"{page}.html").as_uri())
-        assert opened.inner_text("main h2").startswith("What was found")
+        assert opened.inner_text("main h2").startswith(FOUND)
         assert not any(code.is_visible() for code in opened.query_selector_all("main .cell_input"))
-        assert opened.evaluate("document.documentElement.scrollHeight") < 15_000
     opened.goto((site/"3_ideas"/"55_contrastive_results.html").as_uri() + "#run-3")
     assert opened.eval_on_selector("#run-3", "e => e.open") and not opened.eval_on_selector("#run-4", "e => e.open")
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["index", "0_start/03_results", "3_ideas/55_contrastive_results", "2_dictionary/24_trainer", "5_laboratory/114_overview",
+                                  "explorer/best"])
+def test_axe_finds_nothing_wrong(opened, site, name):
+    """Contrast, labels, landmarks, heads of tables, names of pictures: in the light and in the dark."""
+    opened.goto((site/f"{name}.html").as_uri())
+    assert not violations(opened)
+
+
+def test_pages_are_light(site, pages):
+    """The first page is read over a slow line, and no page is heavier than a large picture; pictures count, what all pages share does not."""
+    for name, page in pages.items():
+        own = {link for link in page.links if re.search(r"\.(png|jpe?g|svg|webp)$", link)}
+        weight = (site/name).stat().st_size + sum(((site/name).parent/unquote(link)).stat().st_size for link in own)
+        assert weight < (1_000_000 if name == "index.html" else 2_500_000), f"{name} weighs {weight:,} bytes"
+        assert len(own) > 1 or name != "index.html"
 
 
 @needs_browser
@@ -154,7 +190,7 @@ def test_a_phone_gets_its_own_first_picture(opened, site):
         opened.goto((site/"index.html").as_uri())
         opened.wait_for_function("document.querySelector('main img').complete")
         chosen[width] = opened.eval_on_selector("main img", "e => e.currentSrc")
-    assert chosen[390].endswith("_phone.png") and chosen[1280].endswith("at_a_glance.png")
+    assert chosen[390].endswith("_phone.png") and chosen[1280].endswith("second_edition.png")
 
 
 @needs_browser
@@ -191,6 +227,10 @@ def test_the_explorer_is_reached_and_used(opened, site):
     assert len(rows) > 10 and "Features of" in opened.title()
     rows[3].click()
     assert opened.inner_text("#detail").strip()
+    for name in ("best", "baseline"):
+        opened.goto((site/"explorer"/f"{name}.html").as_uri())
+        opened.click("#back a")
+        assert "results" in opened.url and opened.inner_text("main h2").startswith(FOUND)
 
 
 @needs_browser

@@ -1,8 +1,11 @@
 // Lets a click on a column's head sort the table's rows by the numbers that its cells hold; a second click turns the order round.
 // Tables whose rows name experiments can be narrowed to one. What is folded opens where an address leads into it.
-// Buttons that show words are called by these words.
+// Buttons that show words are called by these words. What scrolls in its place can be reached by the keyboard.
 addEventListener("DOMContentLoaded", () => {
   for (const e of document.querySelectorAll("details > summary[aria-label], button.search-button-field")) e.removeAttribute("aria-label");
+  for (const cell of document.querySelectorAll("table.table td")) {
+    if (/^[-+]?\d[^a-z]*( to [^a-z]*)?$/.test(cell.textContent)) cell.classList.add("number");
+  }
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0], first = [...body.rows];
     const around = document.createElement("div");
@@ -39,6 +42,14 @@ addEventListener("DOMContentLoaded", () => {
     });
     around.before(label);
   }
+  const mark = () => {
+    for (const e of document.querySelectorAll(".cell_output pre, .pst-scrollable-table-container, .scrolls")) {
+      if (e.scrollHeight > e.clientHeight + 1 || e.scrollWidth > e.clientWidth) e.tabIndex = 0;
+      if (e.scrollHeight > e.clientHeight + 1) e.classList.add("goes-on");
+    }
+  };
+  addEventListener("toggle", mark, true); // what is folded has no height until it is opened
+  mark();
   const unfold = () => {
     const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
     if (!target) return;

@@ -32,8 +32,7 @@
     if (!values) { ask(i).then(told => { Object.assign(answer.values, told.values); if (chosen === i) choose(i); }).catch(error => { said.textContent = error.message; }); return []; }
     answer.tokens.forEach((token, n) => {
       const a = Math.min(1, values[n] / Math.max(A.largest[i], 1e-9)), b = element("b", { textContent: token.replaceAll("\n", "↵"), title: values[n].toPrecision(3) });
-      if (a > 0.4) b.style.color = "#111";
-      if (a > 0) b.style.background = `rgba(var(--glow), ${(0.12 + 0.75 * a).toFixed(3)})`;
+      if (a > 0) paint(b, a);
       line.append(b);
     });
     return [element("h3", { textContent: "In your text" }), line];

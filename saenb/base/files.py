@@ -20,6 +20,7 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .devices import find_device, free_memory
 from .errors import SaenbError, shorten, warn_once
 from .schemas import CheckedDict, schema_error
 
@@ -222,13 +223,13 @@ def need_room(folder: str | Path, size: int, what: str):
             f"{what} needs {as_size(size)} and the disk that holds {folder} has {as_size(free)} left; "
             "free some space or choose another folder.")
 
-def need_memory(size: int, what: str):
-    "Raise if `size` bytes are more than this machine's memory has free."
-    import psutil
-    free = psutil.virtual_memory().available
+def need_memory(size: int, what: str, device=None):
+    "Raise if `size` bytes are more than the memory of a device has free."
+    device = device or find_device()
+    free = free_memory(device)
     if size > free:
-        raise SaenbError(f"{what} needs {as_size(size)} of memory and {as_size(free)} are free; ask for "
-                         "fewer features or a smaller batch, or use a larger machine.")
+        raise SaenbError(f"{what} needs {as_size(size)} of memory and {as_size(free)} are free on {device}; "
+                         "ask for fewer features or a smaller batch, or use a larger machine.")
 
 def as_size(size: float) -> str:
     "A size as people say it."

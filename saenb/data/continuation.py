@@ -47,8 +47,9 @@ def likelihoods(asked: list[Continued], ends: Ends, leaf: torch.Tensor) -> torch
     choice, place, word, later = torch.cat(
         [a.parts + torch.tensor([0, begin, 0, 0]) for a, begin in zip(asked, begins)]).T
     at, later = leaf[place], later > 0
-    logs = ends.some(at, word).cpu().double()
-    logs[later] -= ends.normalisers(at[later]).cpu().double()
+    said = ends.some(at, word), ends.normalisers(at[later])
+    logs, less = torch.cat(said).cpu().double().split([len(s) for s in said]) # moved once
+    logs[later] -= less
     counts = torch.tensor([len(a.choices) for a in asked])
     total = torch.zeros(len(asked), int(counts.max()), dtype=torch.double)
     total.index_put_((question, choice), logs, accumulate=True)
@@ -57,10 +58,10 @@ def likelihoods(asked: list[Continued], ends: Ends, leaf: torch.Tensor) -> torch
 @torch.no_grad()
 def read_continued(model, question: Continued, rows: list[torch.Tensor]) -> torch.Tensor:
     "The answer by definition: every choice read to its end, log-probabilities of all words computed."
-    rows = padded(rows)
-    places = torch.arange(len(question.prompt) - 1, rows.shape[1] - 1)
+    rows = padded(rows).to(model.cfg.device)
+    places = torch.arange(len(question.prompt) - 1, rows.shape[1] - 1, device=rows.device)
     with flush_denormals():
-        logs = model(rows, return_type="logits", logits_to_keep=places).double().log_softmax(-1)
+        logs = model(rows, return_type="logits", logits_to_keep=places).cpu().double().log_softmax(-1)
     total = [logs[k, torch.arange(len(c)), list(c)].sum() for k, c in enumerate(question.choices)]
     return torch.stack(total).argmax().cpu()
 
@@ -108,10 +109,12 @@ def _kinds(asked):
 @patch
 def read(self: Examiner, asked: list[Asked], ends: Ends, leaf: torch.Tensor) -> torch.Tensor:
     "The answers to some questions, from what the model says at the leaves that are theirs."
-    answers, own = torch.zeros(len(asked), dtype=torch.long), leaf.split([sum(a.ends) for a in asked])
     lettered, spoken = _kinds(asked)
+    if not spoken: return Questioner.read(self, asked, ends, leaf)
+    answers, own = torch.zeros(len(asked), dtype=torch.long), leaf.split([sum(a.ends) for a in asked])
     if lettered:
-        answers[lettered] = Questioner.read(self, asked, ends, torch.cat([own[i] for i in lettered]))
+        letters = Questioner.read(self, asked, ends, torch.cat([own[i] for i in lettered]))
+        answers[lettered] = letters.cpu()
     if spoken:
         found = likelihoods([asked[i] for i in spoken], ends, torch.cat([own[i] for i in spoken]))
         answers[spoken] = found.argmax(1)

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..base.devices import find_device
 from ..base.errors import SaenbError, lookup
 
 # %% ../../nbs/1_data/15_sources.ipynb #0dbb4425
@@ -170,7 +171,7 @@ def _listed(choices):
 # %% ../../nbs/1_data/15_sources.ipynb #ab61409c
 def boot(
     name: str | Path, # a name on the hub or a local folder
-    device: str = "cpu", # where to run it
+    device: str | None = None, # where to run it; None: as `find_device` says
     dtype: str = "float32", # the type of its weights
 ):
     "A language model, ready to be read."
@@ -181,6 +182,7 @@ def boot(
     logging.disable_progress_bar()
     if Path(name).is_dir() and not (Path(name)/"config.json").exists():
         raise SaenbError(f"{name} is a folder without a config.json, so it holds no model; check the path.")
+    device = str(find_device(device))
     try:
         model = TransformerBridge.boot_transformers(str(name), device=device, dtype=getattr(torch, dtype))
     except GatedRepoError:

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'NUMPY_TYPES', 'KEPT_TYPES', 'ENTRY', 'AGAIN', 'FORMAT', 'STORE', 'damaged', 'shard_header', 'map_shard',
-           'Batch', 'contradiction', 'Store', 'column_mismatch', 'joined']
+           'Batch', 'moved', 'ahead', 'contradiction', 'Store', 'column_mismatch', 'joined', 'dealt']
 
 # %% ../../nbs/1_data/17_store.ipynb #235f93ed
 import json
 import math
 import mmap
 import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +91,26 @@ class Batch:
 
     def to(self, device) -> "Batch":
         "The same tokens on another device."
-        return Batch(*(getattr(self, c).to(device) for c in COLUMNS))
+        return Batch(*(moved(getattr(self, c), device) for c in COLUMNS))
+
+# %% ../../nbs/1_data/17_store.ipynb #d2170002
+def moved(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    "A tensor on a device, or on its way there."
+    device = torch.device(device)
+    if device.type == "cuda" and not tensor.is_cuda:
+        with torch.cuda.device(device): # and in no other one's name
+            tensor = tensor.pin_memory()
+    # what is read by the processor has to be there; on mps what is sent may be freed too early
+    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
+
+def ahead(items: Iterable) -> Iterator:
+    "The same items; while one is in use, another thread fetches the next."
+    with ThreadPoolExecutor(1) as worker:
+        items, end = iter(items), object()
+        coming = worker.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = worker.submit(next, items, end)
+            yield item
 
 # %% ../../nbs/1_data/17_store.ipynb #71c57f5c
 FORMAT = "saenb store 1"
@@ -230,13 +251,11 @@ def check_batch(self: Store, size: int, balanced: bool = False):
                          "harvest more text or lower the batch.")
 
 # %% ../../nbs/1_data/17_store.ipynb #f68453a7
-@patch
-def _order(self: Store, runs, size, balanced, shuffled):
-    "A pool's batches as a list of row indices."
-    if not balanced:
-        order = torch.from_numpy(shuffled(sum(hi - lo for _, lo, hi in runs)))
-        return list(order[:len(order) // size * size].view(-1, size))
-    side = torch.cat([self.shard(i)["side"][lo:hi] for i, lo, hi in runs])
+def dealt(count: int, side: torch.Tensor | None, size: int, shuffled) -> list[torch.Tensor]:
+    "The batches of a pool of tokens as their indices; balanced where sides are given."
+    if side is None:
+        order = torch.from_numpy(shuffled(count))
+        return list(order[:count // size * size].view(-1, size))
     halves = [torch.nonzero(side == s).squeeze(1) for s in (1, 2)]
     halves = [h[torch.from_numpy(shuffled(len(h)))] for h in halves]
     count = min(map(len, halves)) // (size // 2)
@@ -257,7 +276,8 @@ def batches(self: Store,
         before = skip
         for number, runs in enumerate(self.pools(seed, epoch, pool_bytes)):
             shuffled = np.random.default_rng([seed, epoch, number]).permutation
-            order = self._order(runs, size, balanced, shuffled)
+            side = torch.cat([self.shard(i)["side"][lo:hi] for i, lo, hi in runs]) if balanced else None
+            order = dealt(sum(hi - lo for _, lo, hi in runs), side, size, shuffled)
             if skip >= len(order):
                 skip -= len(order)
                 continue

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from ..base.schemas import COUNT, NAME, WITH_INTERVAL
+from ..data.shared_prefixes import sent
 from .class_words import (
     AbsorptionSetup, Probes, Words, f1, labelled_words, probes_of, train_probes, words_of)
 from .evaluation import Evaluation, Materials, Readings, as_saebench, check_dictionary
@@ -39,16 +40,18 @@ class Features:
     @torch.no_grad()
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         "Activations at some of the words."
-        if self.kept is not None: return self.kept[rows.to(self.kept.device)]
-        x, position = ((t[rows].split(4096)) for t in (self.words.x, self.words.position))
+        if self.kept is not None:
+            return self.kept[sent(rows, self.kept.device)]
+        words = self.words
+        x, position = words.x[sent(rows, words.x.device)].split(4096), words.position[rows].split(4096)
         return torch.cat([self.sae.encode(*(t.to(self.sae.device) for t in part)).float() * self.length
                           for part in zip(x, position)])
 
     def columns(self, which: torch.Tensor) -> torch.Tensor:
         "Activations of some features at all words [n, *which.shape], for scikit-learn."
-        parts = [self(rows)[:, which.flatten().to(self.sae.device)].cpu()
-                 for rows in torch.arange(len(self.words.x)).split(4096)]
-        return torch.cat(parts).view(-1, *which.shape)
+        wanted = sent(which.flatten(), self.sae.device)
+        parts = [self(rows)[:, wanted] for rows in torch.arange(len(self.words.x)).split(4096)]
+        return torch.cat(parts).cpu().view(-1, *which.shape)
 
 # %% ../../nbs/4_evaluation/87_absorption.ipynb #c0dbf588
 def rank_features(features: Features, setup: AbsorptionSetup) -> torch.Tensor:
@@ -99,7 +102,7 @@ def absorption(
     "For each word, the fraction that other features took over, and whether one of them took all."
     direction = direction / direction.norm()
     cosine = F.cosine_similarity(direction, decoder, dim=-1)
-    parts, whole = acts * cosine, x @ direction
+    parts, whole, main = acts * cosine, x @ direction, sent(torch.tensor(main), acts.device)
     own = parts[:, main].sum(1)
     others = parts.clamp_min(0) * (cosine >= TOGETHER)
     others[:, main] = 0
@@ -151,7 +154,7 @@ class WordSums:
     def by_word(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         "Sums of some rows' values by word."
         total = torch.zeros(len(self.drawn), dtype=torch.double)
-        return total.index_add_(0, self.column[rows], values.double().cpu())
+        return total.index_add_(0, self.column[rows], values.double())
 
     def append(self, name: str, above: torch.Tensor, below: torch.Tensor):
         "A class' numerators and denominators of one measure."
@@ -180,9 +183,11 @@ def class_absorption(
                                    setup.f1_jump_threshold)
     main = order[:len(scores)].tolist()
     rows = (judged & truth & (probes.score[:, c] > 0)).nonzero().squeeze(1)
-    x, acts, direction = words.x[rows].to(sae.device), features(rows), probes.direction[c].to(sae.device)
+    x, acts = words.x[sent(rows, words.x.device)].to(sae.device), features(rows)
+    direction = sent(probes.direction[c], sae.device)
     measured = (*absorption(x, acts, features.decoder, direction, main),
                 *absorption(x - sae.b_dec.detach().float(), acts, features.decoder, direction, main))
+    measured = [values.cpu() for values in measured]
     for name, values in zip(MEASURES, measured):
         sums.append(name, sums.by_word(rows, values), sums.by_word(rows, torch.ones(len(rows))))
     sums.append("first_feature_f1", 2 * sums.by_word(judged, first & truth[judged]),

@@ -8,7 +8,7 @@ __all__ = ['weights_finding', 'unexplained', 'autopsy', 'nearest']
 # %% ../../nbs/4_evaluation/80_autopsy.ipynb #6fc5c505
 import torch
 
-from .evaluation import encoded
+from .evaluation import at_text, encoded
 from .exam import Exam, UnlearningSetup
 from .unlearning import evaluate
 from ..sae.sae import SAE
@@ -30,11 +30,13 @@ def weights_finding(sae: SAE) -> str | None:
 @torch.no_grad()
 def unexplained(exam: Exam, sae: SAE) -> float:
     "The share of the retain corpus' variance that the dictionary leaves unexplained."
-    error = total = 0.0
+    sums, centred = [], bool(sae.b_dec.any())
     for stream, keep in exam.corpus("retain"):
-        x = stream[keep]
-        error += (sae.decode(encoded(sae, stream)[keep]) - x).pow(2).sum().item()
-        total += (x - sae.b_dec if sae.b_dec.any() else x - x.mean(0)).pow(2).sum().item()
+        x = at_text(stream, keep).to(sae.device)
+        error = sae.decode(at_text(encoded(sae, stream), keep)) - x
+        apart = x - sae.b_dec if centred else x - x.mean(0)
+        sums.append(torch.stack([error.pow(2).sum(), apart.pow(2).sum()]))
+    error, total = map(sum, zip(*torch.stack(sums).tolist()))
     return error / total
 
 # %% ../../nbs/4_evaluation/80_autopsy.ipynb #cbff9c0b

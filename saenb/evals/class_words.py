@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from ..base.errors import SaenbError
 from ..data.harvest import stream_at
+from ..data.shared_prefixes import sent
 from ..data.sources import open_dataset
 from .evaluation import Readings
 
@@ -123,7 +124,7 @@ def labelled_words(setup: AbsorptionSetup) -> list[Prompt]:
 @dataclass
 class Words:
     "The stream at words, and what is known of them."
-    x: torch.Tensor # [n, d_in] the stream
+    x: torch.Tensor # [n, d_in] the stream, where the model is
     position: torch.Tensor # [n] place in the prompt
     word: torch.Tensor # [n] number of the word
     label: torch.Tensor # [n] number of its class
@@ -160,8 +161,9 @@ def _streams(model, layer, prompts, batch_tokens):
                                                  padding_value=tokenizer.pad_token_id or 0)
         size = max(1, batch_tokens // padded.shape[1])
         for tokens, place in zip(padded.split(size), places.split(size)):
-            stream = stream_at(model, tokens.to(model.cfg.device), layer)
-            yield stream[torch.arange(len(place)), place].float().cpu(), place
+            stream = stream_at(model, sent(tokens, model.cfg.device), layer)
+            at = torch.arange(len(place), device=stream.device), sent(place, stream.device)
+            yield stream[at].float(), place
 
 # %% ../../nbs/4_evaluation/86_class_words.ipynb #03eff233
 def words_of(readings: Readings, setup: AbsorptionSetup) -> Words:
@@ -195,7 +197,7 @@ def train_probes(
         for _ in range(epochs):
             for rows in torch.randperm(len(truth), generator=draw).split(batch_size):
                 loss = F.binary_cross_entropy_with_logits(inputs(rows) @ weight.T + bias,
-                                                          truth[rows.to(truth.device)], pos_weight=rarity)
+                                                          truth[sent(rows, truth.device)], pos_weight=rarity)
                 if l1_decay:
                     loss = loss + l1_decay * weight.abs().sum(1).mean()
                 optimizer.zero_grad()
@@ -219,8 +221,9 @@ class Probes:
 def ground_truth(words: Words, setup: AbsorptionSetup, device="cpu") -> Probes:
     "Probes of the stream, learned from one part of the words and tested on the other."
     x, truth = words.x.to(device), F.one_hot(words.label, len(words.classes)).float().to(device)
-    train_x, train_truth = x[words.trains.to(device)], truth[words.trains.to(device)]
-    weight, bias = train_probes(lambda rows: train_x[rows.to(device)], x.shape[1], train_truth,
+    learned = sent(words.trains.nonzero().squeeze(1), device)
+    train_x, train_truth = x[learned], truth[learned]
+    weight, bias = train_probes(lambda rows: train_x[sent(rows, device)], x.shape[1], train_truth,
                                 setup.probe_batch_size, setup.probe_num_epochs,
                                 setup.random_seed, weight_decay=1e-4)
     score, judged = (x @ weight.T + bias).cpu(), ~words.trains

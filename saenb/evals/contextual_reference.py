@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .evaluation import at_text
 from .exam import Exam, FeatureStats
 from .halves import chosen
 from .interventions.intervention import INTERVENTIONS
@@ -24,7 +25,11 @@ class Gates:
     centre: torch.Tensor # of the stream [d_in]
     bars: torch.Tensor # a threshold each
     W_dec: torch.Tensor # along which the stream is pushed [features, d_in]
-    device = "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        "Where they are."
+        return self.direction.device
 
     def read(self, stream: torch.Tensor) -> torch.Tensor:
         "How far the stream lies on the forget side."
@@ -50,11 +55,12 @@ def question_stream(exam: Exam, half: int) -> tuple[torch.Tensor, torch.Tensor]:
              for i, asked in enumerate(exam.asked) if exam.half[i] == half]
     side = [exam.forgets[i] for i in range(len(exam.asked)) if exam.half[i] == half]
     parts = [exam.stream[start + begin:start + end].float() for start, begin, end in spans]
-    return torch.cat(parts), torch.cat([torch.full((len(p),), bool(s)) for p, s in zip(parts, side)])
+    return torch.cat(parts).cpu(), torch.cat([torch.full((len(p),), bool(s)) for p, s in zip(parts, side)])
 
 def learned_gates(exam: Exam, half: int, allowed=(0.1, 0.03, 0.01, 0.003, 0.0005), weight: int = 3) -> Gates:
     "Gates that let these shares of the half's retained tokens through."
-    corpus = {side: torch.cat([x[keep].float().cpu() for x, keep in exam.corpus(side)])
+    # the processor holds them: both corpora's whole stream would not fit on every device
+    corpus = {side: torch.cat([at_text(x, keep).float().cpu() for x, keep in exam.corpus(side)])
               for side in ("forget", "retain")}
     asked, forgets = question_stream(exam, half)
     one = torch.cat([corpus["forget"], *[asked[forgets]] * weight])
@@ -63,7 +69,8 @@ def learned_gates(exam: Exam, half: int, allowed=(0.1, 0.03, 0.01, 0.003, 0.0005
     direction, centre = linear_probe(torch.cat([one, other]), label)
     kept = ((asked[~forgets] - centre) @ direction).sort().values
     bars = kept[[int((1 - share) * (len(kept) - 1)) for share in allowed]]
-    return Gates(direction, centre, bars, (one.mean(0) - other.mean(0)).expand(len(bars), -1))
+    found = direction, centre, bars, (one.mean(0) - other.mean(0)).expand(len(bars), -1)
+    return Gates(*(t.to(exam.device) for t in found))
 
 # %% ../../nbs/4_evaluation/79_contextual_reference.ipynb #88c65f9b
 STRENGTHS = (1, 2, 4, 8, 16) # of the push, in units of the difference of the sides' means

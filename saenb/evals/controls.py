@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from .contextual_reference import contextual_reference
+from .evaluation import at_text
 from .exam import Exam
 from .halves import held_out_fields
 from .random_choice import drawn_at_random
@@ -82,7 +83,7 @@ def corpus_activations(exam: Exam, limit: int = 100_000) -> dict[str, torch.Tens
     def first(side):
         parts, count = [], 0
         for x, keep in exam.corpus(side):
-            parts.append(x[keep].float().cpu())
+            parts.append(at_text(x, keep).float().cpu()) # controls are made by the processor
             count += len(parts[-1])
             if count >= limit: break
         return torch.cat(parts)[:limit]

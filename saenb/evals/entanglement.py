@@ -15,8 +15,9 @@ import torch
 from matplotlib.figure import Figure
 
 from ..base.schemas import MAYBE, matrix
+from ..data.shared_prefixes import sent
 from .evaluation import (
-    CorpusSetup, Evaluation, Materials, Readings, as_saebench, check_dictionary, corpus_config)
+    CorpusSetup, Evaluation, Materials, Readings, as_saebench, check_dictionary, corpus_config, exact)
 from .separation import drawn
 from ..sae.coactivation import correlation
 from ..sae.sae import SAE
@@ -33,23 +34,26 @@ class EntanglementSetup(CorpusSetup):
 def correlations(sae: SAE, stream: torch.Tensor, positions: torch.Tensor, batch: int = 4096,
                  by_lot: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     "Correlations of features over tokens, and densities; `by_lot` is a seed that shuffles tokens."
-    features = sae.cfg.d_sae
-    product = torch.zeros(features, features, dtype=torch.float64)
-    total, active = torch.zeros(features, dtype=torch.float64), torch.zeros(features)
+    features, device, kind = sae.cfg.d_sae, sae.device, exact(sae.device)
+    product = torch.zeros(features, features, dtype=kind, device=device)
+    total = torch.zeros(features, dtype=kind, device=device)
+    active = torch.zeros(features, device=device)
     draw = torch.Generator().manual_seed(by_lot or 0)
     for x, at in zip(stream.split(batch), positions.split(batch)):
-        f = sae.encode(x.to(sae.device).float(), at.to(sae.device)).float().cpu()
+        f = sae.encode(x.to(device).float(), sent(at, device)).float()
         if by_lot is not None:
-            f = f.gather(0, torch.rand(f.shape, generator=draw).argsort(0))
-        product += (f.T @ f).double()
+            f = f.gather(0, sent(torch.rand(f.shape, generator=draw), device).argsort(0))
+        product += (f.T @ f).to(kind)
         total += f.sum(0)
         active += (f > 0).sum(0)
-    return correlation((product / len(stream)).float(), (total / len(stream)).float()), active / len(stream)
+    found = correlation((product / len(stream)).float(), (total / len(stream)).float())
+    return found, active.cpu() / len(stream)
 
 def largest(matrix: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
     "For each living feature the largest absolute value beside another living one."
-    among = matrix[alive][:, alive].abs().fill_diagonal_(0)
-    return among.amax(1) if len(alive) > 1 else torch.zeros(len(alive))
+    if len(alive) < 2: return torch.zeros(len(alive))
+    there = sent(alive, matrix.device)
+    return matrix[there][:, there].abs().fill_diagonal_(0).amax(1).cpu()
 
 def over_features(values: torch.Tensor, draws: int = 1000,
                   seed: int = 0) -> tuple[float, float, float] | None:
@@ -72,7 +76,7 @@ def evaluate(
     found, density = correlations(sae, tokens.stream, tokens.position)
     chance, _ = correlations(sae, tokens.stream, tokens.position, by_lot=setup.random_seed)
     alive = density.nonzero().squeeze(1)
-    rows = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=1)
+    rows = torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)
     measures = dict(cosine=over_features(largest(rows @ rows.T, alive)),
                     correlation=over_features(largest(found, alive)),
                     by_lot=over_features(largest(chance, alive)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Evaluation', 'evaluations', 'evaluation', 'Materials', 'CorpusSetup', 'reference_rows', 'corpus_rows',
-           'corpus_config', 'encoded', 'Readings', 'Corpora', 'check_dictionary', 'result_id', 'as_saebench',
-           'ratio_interval', 'as_text']
+           'corpus_config', 'at_text', 'exact', 'encoded', 'Readings', 'Corpora', 'check_dictionary', 'result_id',
+           'as_saebench', 'ratio_interval', 'as_text']
 
 # %% ../../nbs/4_evaluation/60_protocol.ipynb #392df859
 import json
@@ -17,12 +17,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 from ..base.declarations import declared
+from ..base.devices import in_parts
 from ..base.errors import SaenbError, check_range, lookup
 from ..base.files import fingerprint, hold_memory
 from ..base.schemas import optional_fields, schema_mismatch
 from ..data.harvest import is_text, stream_at
+from ..data.shared_prefixes import sent
 from ..data.sources import QuestionSource, TextSource
 from ..sae.sae import SAE
 
@@ -140,6 +143,15 @@ def corpus_config(setup: CorpusSetup, *also: str) -> dict:
                 dataset_names=[Path(source.path).name for source in (setup.forget, setup.retain)],
                 **{field: getattr(setup, field) for field in ("dataset_size", "seq_len", *also)})
 
+def at_text(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    "What there is at text, of rows of tokens [rows, tokens, ...]; `keep` is the host's, which does not wait."
+    where = keep.flatten().nonzero().squeeze(1)
+    return values.flatten(0, 1)[sent(where, values.device)]
+
+def exact(device: torch.device) -> torch.dtype:
+    "The type of sums over many tokens; not every device knows double precision."
+    return torch.float32 if device.type == "mps" else torch.float64
+
 def encoded(sae: SAE, stream: torch.Tensor) -> torch.Tensor:
     "Activations of whole rows, position by position."
     stream = stream.to(sae.device).float()
@@ -171,8 +183,7 @@ class Readings:
         "Batches of (tokens, stream, which of them are text) of rows of tokens; padding is on the right."
         def read():
             for part in tokens.split(max(1, self.batch_tokens // tokens.shape[1])):
-                (yield part, stream_at(self.model, part.to(self.model.cfg.device), self.layer),
-                 is_text(part, self.model.tokenizer))
+                yield part, self.stream(part), is_text(part, self.model.tokenizer)
         name = ("rows", tuple(tokens.shape), fingerprint(tokens.flatten().tolist()))
         size = tokens.numel() * self.model.cfg.d_model * 4
         if name not in self._kept:
@@ -184,6 +195,15 @@ class Readings:
         "Batches of one corpus."
         wanted = (setup.forget, setup.retain, setup.dataset_size, setup.seq_len, setup.random_seed)
         return self.rows(self.once(wanted, lambda: corpus_rows(self.model.tokenizer, setup))[side])
+
+# %% ../../nbs/4_evaluation/60_protocol.ipynb #5a16e44a
+@patch
+def stream(self: Readings, tokens: torch.Tensor) -> torch.Tensor:
+    "The stream of rows of tokens, where the model is; it reads fewer rows together if memory ends."
+    def read(rows):
+        return stream_at(self.model, sent(rows, self.model.cfg.device), self.layer)
+    parts = list(in_parts(read, tokens, len(tokens), "the reading of rows of text"))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 # %% ../../nbs/4_evaluation/60_protocol.ipynb #a6016dde
 @dataclass(frozen=True)
@@ -203,7 +223,7 @@ class Corpora:
 
 # %% ../../nbs/4_evaluation/60_protocol.ipynb #aa73cca1
 def check_dictionary(model, sae: SAE):
-    "Raise if the dictionary cannot read this model's stream, or anything."
+    "Put the dictionary where the model is, or raise if it cannot read this model's stream, or anything."
     if sae.cfg.d_in != model.cfg.d_model:
         raise SaenbError(f"The dictionary reads a stream of width {sae.cfg.d_in} "
                          f"and the model's is {model.cfg.d_model} wide; "
@@ -212,6 +232,7 @@ def check_dictionary(model, sae: SAE):
     if broken:
         raise SaenbError(f"The dictionary's weights are not finite ({', '.join(broken)}), "
                          "so there is nothing to evaluate; train it again.")
+    sae.to(model.cfg.device)
 
 # %% ../../nbs/4_evaluation/60_protocol.ipynb #ad1a70a6
 def result_id(sae: SAE, setup) -> str:

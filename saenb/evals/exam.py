@@ -22,9 +22,9 @@ from ..base.schemas import check_bound
 from ..data.harvest import stream_at
 from ..data.continuation import Examiner
 from ..data.questions import padded
-from ..data.shared_prefixes import prefix_ids
+from ..data.shared_prefixes import prefix_ids, sent
 from ..data.sources import QuestionSource
-from .evaluation import CorpusSetup, Readings, encoded
+from .evaluation import CorpusSetup, Readings, at_text, encoded
 from .halves import split_halves
 
 # %% ../../nbs/4_evaluation/63_exam.ipynb #3d46ab88
@@ -125,7 +125,7 @@ def _list_of_known(self: Exam, cache, asked) -> Path:
     "The file of the known questions, named by what is asked and by what the model holds."
     def named(*model):
         return Path(cache)/f"known_{fingerprint([*model, asked])}.json"
-    sums = [round(p.double().sum().item(), 6) for p in itertools.islice(self.model.parameters(), 8)]
+    sums = [round(p.cpu().double().sum().item(), 6) for p in itertools.islice(self.model.parameters(), 8)]
     old = named(str(self.model.cfg.model_name), sums)
     if old.exists(): return old
     weights = {str(i): p.detach().cpu() for i, p in enumerate(self.model.parameters())}
@@ -169,16 +169,19 @@ def sequences_of(self: Exam, questions: torch.Tensor) -> tuple[torch.Tensor, tor
     begin = (self.count[questions].cumsum(0) - self.count[questions])[place]
     return self.first[questions][place] + torch.arange(len(place)) - begin, place
 
+# %% ../../nbs/4_evaluation/63_exam.ipynb #b9040b8b
 @patch
 def _base(self: Exam):
     "The stream of all known questions' tokens at the layer, and whether the untouched answers are right."
-    streams = []
-    for group in self.batches(self.tokens):
-        stream = stream_at(self.model, padded([self.tokens[i] for i in group]), self.layer)
-        streams += [row[:len(self.tokens[i])].clone() for i, row in zip(group, stream)]
-    stream = torch.cat(streams) if streams else torch.zeros(0, self.model.cfg.d_model)
-    answers, _ = self.answers(self.prefixes, lambda row, place: stream[self.starts[row] + place],
-                              self.layer + 1, asked=self.asked)
+    def read(group):
+        rows = sent(padded([self.tokens[i] for i in group]), self.device)
+        stream = stream_at(self.model, rows, self.layer)
+        return [row[:len(self.tokens[i])].clone() for i, row in zip(group, stream)]
+    streams = sum(self.each_group(self.tokens, read), [])
+    stream = torch.cat(streams) if streams else torch.zeros(0, self.model.cfg.d_model, device=self.device)
+    def entering(row, place):
+        return stream[sent(self.starts[row] + place, self.device)]
+    answers, _ = self.answers(self.prefixes, entering, self.layer + 1, asked=self.asked)
     return stream, answers == self.answer
 
 # %% ../../nbs/4_evaluation/63_exam.ipynb #a2ba27fc
@@ -194,12 +197,13 @@ def feature_stats(exam: Exam, sae) -> FeatureStats:
     "Measure densities and typical activations."
     density = {}
     for side in ("forget", "retain"):
-        count, total, tokens = torch.zeros(sae.cfg.d_sae), torch.zeros(sae.cfg.d_sae), 0
+        (count, total), tokens = torch.zeros(2, sae.cfg.d_sae, device=sae.device), 0
         for stream, keep in exam.corpus(side):
-            f = encoded(sae, stream).cpu()[keep]
+            f = at_text(encoded(sae, stream), keep)
             count += (f > 0).float().sum(0)
             total += f.sum(0)
             tokens += len(f)
+        count, total = count.cpu(), total.cpu()
         density[side] = np.array([float("%f" % d) for d in (count / tokens).numpy()])
         if side == "forget": typical = (total / count.clamp_min(1)).numpy()
     return FeatureStats(density["forget"], density["retain"], typical)

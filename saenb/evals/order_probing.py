@@ -17,6 +17,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from ..base.errors import SaenbError
+from ..data.shared_prefixes import sent
 from ..data.sources import TextSource, open_dataset
 from .evaluation import CorpusSetup, Readings
 
@@ -119,7 +120,7 @@ def pooled(f: torch.Tensor, keep: torch.Tensor) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def text_vectors(readings: Readings, rows: torch.Tensor, read) -> dict[str, np.ndarray]:
     "The vectors of all texts; `read` makes activations of (tokens, stream)."
-    batches = [pooled(read(tokens, stream), keep.to(stream.device))
+    batches = [pooled(read(tokens, stream), sent(keep, stream.device))
                for tokens, stream, keep in readings.rows(rows)]
     return {pooling: torch.cat([b[pooling] for b in batches]).cpu().numpy() for pooling in POOLINGS}
 
@@ -173,7 +174,7 @@ def references(readings: Readings, setup: CorpusSetup) -> dict[str, dict]:
     def words(rows):
         known = torch.cat([rows[split].flatten() for split in ("train", "test")]).unique()
         one_hot = torch.eye(len(known))
-        return lambda tokens, stream: one_hot[torch.searchsorted(known, tokens.cpu())].to(stream.device)
+        return lambda tokens, stream: sent(one_hot[torch.searchsorted(known, tokens)], stream.device)
     def stream(rows): return lambda tokens, stream: stream.float()
     wanted = ("order references", setup.order, setup.max_tokens, setup.random_seed, setup.k_values)
     return readings.once(wanted, lambda: dict(words=order_probing(readings, setup, words),

@@ -19,8 +19,9 @@ from scipy.stats import t as student
 
 from ..base.errors import SaenbError
 from ..base.schemas import COUNT, MAYBE, NAME, WITH_INTERVAL, matrix
+from ..data.shared_prefixes import sent
 from .evaluation import (
-    CorpusSetup, Evaluation, Materials, Readings, as_saebench, check_dictionary, encoded)
+    CorpusSetup, Evaluation, Materials, Readings, as_saebench, at_text, check_dictionary, encoded)
 from saenb.evals.order_probing import (
     POOLINGS, LabelledOrder, SentenceOrder, mean_interval, order_files, order_probing, references,
     task_rows)
@@ -107,15 +108,17 @@ def token_groups(sae: SAE, setup: PositionalSetup, readings: Readings, gates: bo
     for side in ("forget", "retain"):
         first = 0
         for tokens, stream, keep in readings.corpus(setup, side):
-            x, keep = stream.float(), keep.to(stream.device)
-            positions = rotated_positions(len(tokens), setup, draw).to(x.device)
-            f = [encoded(sae, x)] + ([sae.without_gates(x), sae.encode(x, positions[1])] if gates else [])
-            group = (first + torch.arange(len(tokens), device=x.device)) % GROUPS
+            x, positions = stream.float(), rotated_positions(len(tokens), setup, draw)
+            f = [encoded(sae, x)]
+            if gates:
+                f += [sae.without_gates(x), sae.encode(x, sent(positions[1], x.device))]
+            group = (first + torch.arange(len(tokens))) % GROUPS
+            bins = torch.arange(setup.position_bins, device=x.device)
             first += len(tokens)
             for i in group.unique().tolist():
                 mine = keep & (group == i)[:, None]
-                yield i, torch.nn.functional.one_hot(part_of(positions[:, mine], setup),
-                                                     setup.position_bins).to(x), *(v[mine] for v in f)
+                part = sent(part_of(positions[:, mine], setup), x.device)
+                yield i, (part[..., None] == bins).to(x), *(at_text(v, mine) for v in f)
 
 # %% ../../nbs/4_evaluation/88_position.ipynb #71663a53
 @torch.no_grad()
@@ -130,7 +133,7 @@ def tally(sae: SAE, setup: PositionalSetup, readings: Readings) -> Tally:
         count += (f > 0).sum(0)
         active[i] += parts[0].T @ f
         for total, g in zip((came, passed), gates): total[i] += parts[1].T @ g
-    used = tokens[:, 0].sum(1) > 0
+    used = (tokens[:, 0].sum(1) > 0).cpu()
     if used.sum() < 2:
         raise SaenbError(f"The corpora fill one row of {setup.seq_len} tokens each, which gives no interval; "
                          "give more text or shorter rows.")
@@ -143,7 +146,7 @@ def tally(sae: SAE, setup: PositionalSetup, readings: Readings) -> Tally:
         by_part = parts.transpose(1, 2).flatten(0, 1)
         for j, level in enumerate(setup.levels):
             above[i, :, j] += (by_part @ (f > level * typical).to(f)).view(1 + ROTATIONS, *shape)
-    return Tally(*(v[used].cpu() for v in (tokens, above, active, came, passed)))
+    return Tally(*(v.cpu()[used] for v in (tokens, above, active, came, passed)))
 
 # %% ../../nbs/4_evaluation/88_position.ipynb #20911544
 def specialisation(counted: Tally, setup: PositionalSetup) -> dict[str, torch.Tensor]:

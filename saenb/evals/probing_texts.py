@@ -17,6 +17,7 @@ import torch
 
 from ..base.errors import SaenbError, lookup
 from ..data.harvest import is_text
+from ..data.shared_prefixes import sent
 from ..data.sources import open_dataset
 from ..data.world_tasks import CATEGORIES, LANGUAGES, PAIRS, PROFESSIONS
 from .evaluation import Readings
@@ -190,11 +191,11 @@ def text_means(readings: Readings, groups, reads: list[Callable], chunk: int = 1
         for _, stream, keep in readings.rows(tokens):
             for x, text in zip(stream.split(chunk), keep.split(chunk)):
                 at, done = where[done:done + len(x)], done + len(x)
-                x = x.float() * text.to(x.device)[..., None]
+                x = x.float() * sent(text, x.device)[..., None]
                 counts = (x.sum(-1) != 0).to(x.dtype)
                 for i, read in enumerate(reads):
                     mean = (read(x) * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
                     if means[i] is None:
                         means[i] = mean.new_empty(texts, mean.shape[1])
-                    means[i][at] = mean
+                    means[i][sent(at, mean.device)] = mean
     return means

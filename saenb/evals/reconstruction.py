@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BATCH_ROWS', 'EDGES', 'LOGITS', 'REMEMBERED', 'OPEN', 'SIDE', 'BOTH', 'SCHEMA', 'RECONSTRUCTION', 'CoreSetup',
-           'Tally', 'tally', 'batch_averages', 'unexplained', 'unexplained_apart', 'dead_share', 'saebench_averages',
-           'existing', 'nearest_neighbour', 'feature_table', 'misc_metrics', 'density_histogram', 'go_on', 'untouched',
-           'losses', 'limits', 'rebuilt', 'preserved', 'summary', 'model_metrics', 'config_of', 'evaluate', 'headline',
-           'table', 'plot', 'make_setup']
+           'Tally', 'tally', 'batch_averages', 'moved', 'unexplained', 'unexplained_apart', 'dead_share',
+           'saebench_averages', 'existing', 'nearest_neighbour', 'feature_table', 'misc_metrics', 'density_histogram',
+           'go_on', 'untouched', 'losses', 'limits', 'rebuilt', 'preserved', 'summary', 'model_metrics', 'config_of',
+           'evaluate', 'headline', 'table', 'plot', 'make_setup']
 
 # %% ../../nbs/4_evaluation/84_reconstruction.ipynb #64ccea82
 import math
@@ -20,10 +20,11 @@ from matplotlib.figure import Figure
 
 from ..base.errors import SaenbError
 from ..base.schemas import MAYBE, WITH_INTERVAL, positive
-from ..data.shared_prefixes import flush_denormals, only_above
+from ..data.shared_prefixes import flush_denormals, only_above, sent
 from .dominant import Directions, directions_of
-from .evaluation import (
-    CorpusSetup, Evaluation, Materials, Readings, as_saebench, check_dictionary, encoded, ratio_interval)
+from saenb.evals.evaluation import (
+    CorpusSetup, Evaluation, Materials, Readings, as_saebench, at_text, check_dictionary, encoded,
+    ratio_interval)
 from ..sae.sae import SAE
 
 # %% ../../nbs/4_evaluation/84_reconstruction.ipynb #347bd1d0
@@ -60,10 +61,10 @@ def tally(
     rows, averages, active, active_rows = [], [], 0, 0
     for _, stream, keep in batches:
         for x, text in zip(stream.split(BATCH_ROWS), keep.split(BATCH_ROWS)):
-            x, text = x.to(sae.device).float(), text.to(sae.device)
+            kept, x, text = text, x.to(sae.device).float(), sent(text, sae.device)
             f = encoded(sae, x) * text[..., None]
             out = sae.decode(f)
-            averages.append(batch_averages(x[text], out[text]))
+            averages.append(batch_averages(at_text(x, kept), at_text(out, kept)))
             error, x = (x - out).pow(2).sum(-1) * text, x * text[..., None]
             rows.append(dict(tokens=text.sum(1), active=(f != 0).sum((1, 2)), total=f.sum((1, 2)),
                              error=error.sum(1), squares=x.pow(2).sum((1, 2)), sums=x.sum(1)))
@@ -71,8 +72,8 @@ def tally(
                 rows[-1] |= _along(apart.rows.to(x), x, out * text[..., None])
             fired = (f > 0).sum(1)
             active, active_rows = active + fired.sum(0), active_rows + (fired > 0).sum(0)
-    rows = {k: torch.cat([r[k] for r in rows]).double().cpu() for k in rows[0]}
-    return Tally(rows, active.double().cpu(), active_rows.double().cpu(), averages)
+    rows = {k: torch.cat([r[k] for r in rows]).cpu().double() for k in rows[0]}
+    return Tally(rows, active.cpu().double(), active_rows.cpu().double(), moved(averages))
 
 def _along(directions, x, out) -> dict:
     "The same sums along some directions alone."
@@ -80,15 +81,22 @@ def _along(directions, x, out) -> dict:
     return dict(error_along=error.pow(2).sum((1, 2)), squares_along=mine.pow(2).sum((1, 2)),
                 sums_along=mine.sum(1))
 
+# %% ../../nbs/4_evaluation/84_reconstruction.ipynb #d39f0109
 def batch_averages(x: torch.Tensor, out: torch.Tensor) -> dict:
-    "SAEBench's averages over the tokens of one batch."
+    "SAEBench's averages over the tokens of one batch, where the batch is."
     error, length, length_out = (x - out).pow(2).sum(1), x.norm(dim=1), out.norm(dim=1)
-    return {k: v.mean().item() for k, v in dict(
+    return {k: v.mean() for k, v in dict(
         l2_norm_in=length, l2_norm_out=length_out, l2_ratio=length_out / length.where(length >= 1e-4, 1),
         relative_reconstruction_bias=length_out.pow(2).mean() / (x * out).sum(1).mean(),
         squares=x.pow(2).sum(1), error=error, mse=error / len(x),
         explained_variance_legacy=1 - error / (x - x.mean(0)).pow(2).sum(1),
         cossim=(x / length[:, None] * (out / length_out[:, None])).sum(1)).items()} | dict(tokens=len(x))
+
+def moved(averages: list[dict]) -> list[dict]:
+    "Averages of batches as numbers, read from the device once."
+    names = [k for k in averages[0] if k != "tokens"] if averages else []
+    columns = {k: torch.stack([a[k] for a in averages]).tolist() for k in names}
+    return [{k: columns[k][i] for k in names} | dict(tokens=a["tokens"]) for i, a in enumerate(averages)]
 
 # %% ../../nbs/4_evaluation/84_reconstruction.ipynb #ff4aefd7
 def unexplained(found: Tally) -> tuple[float, float, float]:
@@ -163,7 +171,7 @@ def feature_table(sae: SAE, found: Tally) -> dict:
         encoder_bias=sae.b_enc, encoder_norm=reads.norm(dim=1),
         encoder_decoder_cosine_sim=(unit(reads) * unit(writes)).sum(1),
         max_decoder_cosine_sim=nearest_neighbour(writes), max_encoder_cosine_sim=nearest_neighbour(reads))
-    return {k: v.double().cpu() for k, v in columns.items()}
+    return {k: v.cpu().double() for k, v in columns.items()}
 
 # %% ../../nbs/4_evaluation/84_reconstruction.ipynb #f4d6f0b8
 def misc_metrics(features: dict) -> dict:
@@ -214,20 +222,21 @@ def untouched(readings: Readings, setup: CoreSetup, side: str):
 @torch.no_grad()
 def losses(logits: torch.Tensor, plain: torch.Tensor, tokens: torch.Tensor, keep: torch.Tensor) -> dict:
     "Sums over each row's text: cross-entropy, divergence from the untouched model, and their tokens."
-    tokens, keep = tokens.to(logits.device), keep.to(logits.device)
+    tokens, keep = sent(tokens, logits.device), sent(keep, logits.device)
     loss, divergence = (torch.zeros(tokens.shape, device=logits.device) for _ in range(2))
     following = tokens.roll(-1, 1)[..., None]
-    for part in torch.arange(tokens.shape[1]).split(max(1, LOGITS // 2 // logits[:, 0].numel())):
+    size = max(1, LOGITS // 2 // logits[:, 0].numel())
+    for part in (slice(at, at + size) for at in range(0, tokens.shape[1], size)):
         new, old = logits[:, part].float().log_softmax(-1), plain[:, part].float().log_softmax(-1)
         loss[:, part] = -new.gather(-1, following[:, part])[..., 0]
         divergence[:, part] = (old.exp() * (old - new)).sum(-1)
     followed = keep.clone()
     followed[:, -1] = False # nothing comes after a row's last token
     counted = dict(loss=loss * followed, divergence=divergence * keep, followed=followed, tokens=keep)
-    return {k: v.sum(1).double().cpu() for k, v in counted.items()}
+    return {k: v.sum(1) for k, v in counted.items()}
 
 def _joined(parts):
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    return {k: torch.cat([p[k] for p in parts]).cpu().double() for k in parts[0]}
 
 # %% ../../nbs/4_evaluation/84_reconstruction.ipynb #90dd0b07
 def limits(readings: Readings, setup: CoreSetup, side: str) -> dict:
@@ -245,7 +254,7 @@ def limits(readings: Readings, setup: CoreSetup, side: str) -> dict:
 def rebuilt(sae: SAE, stream: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     "The stream with the reconstruction in its place wherever there is text."
     out = sae.decode(encoded(sae, stream.to(sae.device).float())).to(stream)
-    return torch.where(keep.to(stream.device)[..., None], out, stream)
+    return torch.where(sent(keep, stream.device)[..., None], out, stream)
 
 def preserved(readings: Readings, sae: SAE, setup: CoreSetup, side: str) -> dict:
     "Losses of the untouched model, with the stream set to zero, and with the reconstruction in its place."

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 
 from ..base.errors import SaenbError
 from ..base.schemas import COUNT, MAYBE
+from ..data.shared_prefixes import sent
 from .evaluation import (
-    CorpusSetup, Evaluation, Materials, Readings, as_saebench, check_dictionary, corpus_config)
+    CorpusSetup, Evaluation, Materials, Readings, as_saebench, at_text, check_dictionary, corpus_config)
 from ..sae.sae import SAE
 
 # %% ../../nbs/4_evaluation/90_separation.ipynb #e344d947
@@ -31,7 +32,7 @@ class SeparationSetup(CorpusSetup):
 @dataclass
 class Tokens:
     "Some tokens of both corpora."
-    stream: torch.Tensor # [tokens, d_in]
+    stream: torch.Tensor # [tokens, d_in], where the model is
     position: torch.Tensor # [tokens] place in the row
     row: torch.Tensor # [tokens] number of the row, counted through both corpora
     forget: torch.Tensor # [rows] true where a row is from the forget corpus
@@ -46,11 +47,11 @@ def drawn(readings: Readings, setup: SeparationSetup) -> Tokens:
         draw, parts, rows = torch.Generator().manual_seed(setup.random_seed), [], dict(forget=0, retain=0)
         for side in rows:
             for _, stream, keep in readings.corpus(setup, side):
-                order = (torch.rand(keep.shape, generator=draw).masked_fill(~keep.cpu(), 2)
+                order = (torch.rand(keep.shape, generator=draw).masked_fill(~keep, 2)
                          .argsort(1)[:, :setup.tokens_a_row])
-                chosen = torch.zeros(keep.shape, dtype=torch.bool).scatter(1, order, True) & keep.cpu()
+                chosen = torch.zeros(keep.shape, dtype=torch.bool).scatter(1, order, True) & keep
                 row, position = chosen.nonzero(as_tuple=True)
-                parts.append((stream[chosen.to(stream.device)], position, row + sum(rows.values())))
+                parts.append((at_text(stream, chosen), position, row + sum(rows.values())))
                 rows[side] += len(keep)
         return Tokens(*(torch.cat(column) for column in zip(*parts)),
                       torch.arange(sum(rows.values())) < rows["forget"])
@@ -90,11 +91,12 @@ def activations(sae: SAE, tokens: Tokens, chunk: int = 2**25) -> Active:
     parts, size = [], max(1, chunk // sae.cfg.d_sae)
     columns = (tokens.stream, tokens.position, tokens.row)
     for stream, position, row in zip(*(column.split(size) for column in columns)):
-        f = sae.encode(stream.to(sae.device).float(), position.to(sae.device))
+        f = sae.encode(stream.to(sae.device).float(), sent(position, sae.device))
         if not f.isfinite().all():
             raise SaenbError("The dictionary's activations are not finite, so nothing can be compared; "
                              "`saenb autopsy` tells whether its weights are to blame.")
         at, feature = (f > 0).nonzero(as_tuple=True)
+        # few are active; the processor compares them, in double precision
         parts.append((row[at.cpu()], feature.cpu(), f[at, feature].float().cpu()))
     return in_order(*(torch.cat(column) for column in zip(*parts)),
                     torch.bincount(tokens.row, minlength=len(tokens.forget)), sae.cfg.d_sae)

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..base.errors import SaenbError
 from ..base.schemas import NAME, WITH_INTERVAL, positive, schema_mismatch
+from ..data.shared_prefixes import sent
 from .evaluation import Evaluation, Materials, Readings, as_saebench, check_dictionary, encoded
 from .probing_texts import (
     SETS, SparseProbingSetup, first_row, probing_tokens, text_means, where_it_lies)
@@ -39,13 +40,14 @@ def balanced(classes: int, size: int, chosen: int,
 # %% ../../nbs/4_evaluation/83_sparse_probing.ipynb #fc935bb9
 def largest_difference(x: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
     "The k columns whose means differ most between the two classes, most different first."
-    return torch.argsort((x[labels == 1].mean(0) - x[labels == 0].mean(0)).abs(), descending=True)[:k]
+    means = [x[sent((labels == side).nonzero().squeeze(1), x.device)].mean(0) for side in (1, 0)]
+    return torch.argsort((means[0] - means[1]).abs(), descending=True)[:k]
 
 def regression_right(x: torch.Tensor, labels: torch.Tensor, test_x: torch.Tensor,
                      test_labels: torch.Tensor) -> torch.Tensor:
     "Which test texts a logistic regression gets right."
-    probe = LogisticRegression(C=1.0, max_iter=1000).fit(x.cpu().numpy(), labels.cpu().numpy())
-    return torch.from_numpy(probe.predict(test_x.cpu().numpy())) == test_labels.cpu()
+    probe = LogisticRegression(C=1.0, max_iter=1000).fit(x.cpu().numpy(), labels.numpy())
+    return torch.from_numpy(probe.predict(test_x.cpu().numpy())) == test_labels
 
 # %% ../../nbs/4_evaluation/83_sparse_probing.ipynb #81aa4f06
 BATCH = 250 # texts a step of the probe on all features
@@ -62,21 +64,22 @@ def first_weights(width: int, generator: torch.Generator) -> tuple[nn.Parameter,
 def linear_right(weight, bias, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "Which texts a linear probe gets right."
     logits = torch.cat([F.linear(part, weight, bias).squeeze(-1) for part in x.split(BATCH)])
-    return (logits > 0) == (labels == 1)
+    return (logits > 0) == (sent(labels, x.device) == 1)
 
 @torch.enable_grad()
 def fit_on_all(x, labels, watch_x, watch_labels, generator: torch.Generator, epochs: int = 100,
                patience: int = 10, lr: float = 1e-2):
     "A linear probe on all columns, at its best epoch on the watched texts; also that accuracy by epoch."
     probe = [nn.Parameter(p.detach().to(x.device)) for p in first_weights(x.shape[1], generator)]
-    optimizer, targets = torch.optim.AdamW(probe, lr=lr), labels.to(x.dtype)
+    optimizer, targets = torch.optim.AdamW(probe, lr=lr), sent(labels, x.device).to(x.dtype)
     best, accuracies = [p.detach().clone() for p in probe], [0.0]
     for _ in range(epochs):
-        for at in torch.randperm(len(x), generator=generator).split(BATCH):
+        for at in sent(torch.randperm(len(x), generator=generator), x.device).split(BATCH):
             loss = F.binary_cross_entropy_with_logits(F.linear(x[at], *probe).squeeze(-1), targets[at])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        # once an epoch, since it decides whether another follows
         accuracy = linear_right(*probe, watch_x, watch_labels).float().mean().item()
         if accuracy > max(accuracies):
             best = [p.detach().clone() for p in probe]
@@ -93,8 +96,9 @@ class Tally:
 
     def add(self, name: str, numbers: torch.Tensor, right: torch.Tensor, dtype=torch.double):
         "Enter the probe of one class."
+        right = right.cpu()
         self.accuracy[name] = right.to(dtype).mean().item()
-        self.right.index_add_(0, numbers, right.cpu().float())
+        self.right.index_add_(0, numbers, right.float())
         self.tries.index_add_(0, numbers, torch.ones(len(numbers)))
 
     def summary(self) -> dict:
@@ -128,8 +132,7 @@ def probe_classes(
         for c, name in enumerate(classes):
             (numbers, labels), (test_numbers, test_labels) = (
                 balanced(len(classes), len(part) // len(classes), c, generator) for part in (train, test))
-            labels, test_labels = labels.to(train.device), test_labels.to(test.device)
-            x, test_x = train[numbers], test[test_numbers]
+            x, test_x = train[sent(numbers, train.device)], test[sent(test_numbers, test.device)]
             if k is None:
                 for kind, right in right_on_all(x, labels, test_x, test_labels, generator, own).items():
                     # the reference averages in single precision

@@ -20,7 +20,8 @@ import torch
 from ..base.errors import SaenbError, check_range, shorten
 from ..base.files import read_json
 from ..base.schemas import COUNT, NAME, positive, schema_mismatch, share
-from ..data.harvest import is_text, stream_at
+from ..data.harvest import is_text
+from ..data.shared_prefixes import sent
 from ..data.sources import open_dataset
 from ..data.wordnet import WordNet
 from ..data.wordnet_tasks import FOLDER, entry, in_first_half
@@ -102,17 +103,16 @@ def strongest(readings: Readings, sae: SAE, texts: list[str],
     tokenizer = readings.model.tokenizer
     tokens = [row[:longest] or [tokenizer.pad_token_id] for row in tokenizer(texts)["input_ids"]]
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-    found, active, count = torch.zeros(len(texts), sae.cfg.d_sae), 0, 0
+    found, active, count = torch.zeros(len(texts), sae.cfg.d_sae, device=sae.device), 0, 0
     step = max(1, readings.batch_tokens // (8 * longest))
     for some in (order[lo:lo + step] for lo in range(0, len(order), step)):
         wide = len(tokens[some[-1]])
         rows = torch.tensor([tokens[i] + [tokenizer.pad_token_id] * (wide - len(tokens[i])) for i in some])
-        stream = stream_at(readings.model, rows.to(readings.model.cfg.device), readings.layer)
         keep = is_text(rows, tokenizer)
-        f = encoded(sae, stream).cpu() * keep[..., None]
-        found[some] = f.amax(1)
+        f = encoded(sae, readings.stream(rows)) * sent(keep, sae.device)[..., None]
+        found[sent(torch.tensor(some), sae.device)] = f.amax(1)
         active, count = active + (f > 0).sum(), count + keep.sum()
-    return found, active / count
+    return found, active.cpu() / count
 
 # %% ../../nbs/4_evaluation/92_taxonomy.ipynb #38c78d5d
 @dataclass(frozen=True)
@@ -171,7 +171,9 @@ MEASURES = ("correlation", "auroc", "precision", "recall")
 def choose(strength: torch.Tensor, member: torch.Tensor, setup: TaxonomySetup) -> dict[str, torch.Tensor]:
     "Each feature's best concept by one half of the texts, judged by the other; -1 where it is too silent."
     draw = torch.Generator().manual_seed(setup.random_seed)
-    one, other = torch.randperm(len(member), generator=draw).tensor_split(2)
+    order = torch.randperm(len(member), generator=draw)
+    order, member = (sent(t, strength.device) for t in (order, member))
+    one, other = order.tensor_split(2)
     enough = (member[one].sum(0) >= setup.least) & (member[other].sum(0) >= 1)
     parts = []
     for f in strength.split(1024, dim=1): # so that the matrices stay small
@@ -183,7 +185,7 @@ def choose(strength: torch.Tensor, member: torch.Tensor, setup: TaxonomySetup) -
         alive = (active[one].sum(0) >= setup.least) & (active[other].sum(0) >= 1) & enough.any()
         parts.append(dict(concept=concept.masked_fill(~alive, -1), active=active[other].sum(0), level=level,
                           **{m: judged[m].gather(1, concept[:, None])[:, 0] for m in MEASURES}))
-    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+    return {name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}
 
 # %% ../../nbs/4_evaluation/92_taxonomy.ipynb #dc4433f5
 def name_features(
@@ -244,7 +246,8 @@ def taxonomy(
     examples = []
     for i in places:
         f = found["feature"][i]
-        best = [b for b in strength[:, f].topk(min(5, len(texts))).indices.tolist() if strength[b, f] > 0]
+        column = strength[:, f].cpu()
+        best = [b for b in column.topk(min(5, len(texts))).indices.tolist() if column[b] > 0]
         examples.append(dict(feature=f, name=found["names"][found["synset"][i]],
                              texts=[dict(text=texts[b][0][:160], word=tree.word[texts[b][1]],
                                          inside=found["synset"][i] in tree.ancestors(texts[b][1]))

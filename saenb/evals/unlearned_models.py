@@ -16,6 +16,7 @@ import torch
 from ..base.errors import SaenbError, shorten
 from ..base.files import read_json, write_json, write_tensors
 from ..base.schemas import COUNT
+from .evaluation import check_dictionary
 from .exam import Exam, Grid, feature_stats
 from .halves import chosen
 from .interventions.intervention import INTERVENTIONS, Intervention
@@ -32,6 +33,7 @@ def shares(exam: Exam, right: torch.Tensor, half: int) -> dict:
 def find_setting(exam: Exam, sae: SAE, intervention: Intervention, grid: Grid | None = None) -> dict:
     "The setting that half A chooses, what it is made of, and what it leaves on either half."
     exam.need_questions()
+    check_dictionary(exam.model, sae)
     worked, stats = intervention.prepare(exam, sae, feature_stats(exam, sae))
     settings = intervention.settings(grid or exam.setup.grid, stats)
     rows, _ = run_settings(exam, worked, settings, stats, intervention)

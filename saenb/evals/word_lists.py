@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..data.shared_prefixes import sent
+from .evaluation import at_text
 from .exam import Exam, FeatureStats, choose_features
 from .interventions.intervention import INTERVENTIONS
 from .unlearning import run_settings
@@ -70,14 +72,14 @@ def directions(exam: Exam, active: Callable) -> torch.Tensor:
     sums = {}
     for side in ("forget", "retain"):
         for tokens, stream, keep in exam.readings.corpus(exam.setup, side):
-            x, on = stream[keep].float().cpu(), active(tokens)[keep].float()
+            x, on = at_text(stream, keep).float(), sent(active(tokens)[keep], stream.device).float()
             part = on.T @ x, on.sum(0), x.sum(0), torch.tensor(float(len(x)))
             sums[side] = [a + b for a, b in zip(sums[side], part)] if side in sums else list(part)
     at, count, total, tokens = (a + b for a, b in zip(sums["forget"], sums["retain"]))
     means = [total / tokens for _, _, total, tokens in sums.values()]
     own = torch.where(count[:, None] > 0, at / count.clamp_min(1)[:, None] - total / tokens, 0.0)
     rows = torch.cat([own, (means[0] - means[1]).expand_as(own)])
-    return rows if exam.setup.grid.typical else F.normalize(rows, dim=1)
+    return (rows if exam.setup.grid.typical else F.normalize(rows, dim=1)).cpu()
 
 # %% ../../nbs/4_evaluation/77_word_lists.ipynb #9e8b8808
 def judged_list(exam: Exam, read: Callable) -> list[dict]:

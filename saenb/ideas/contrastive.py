@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..base.errors import SaenbError
+from ..data.store import moved
 from .clusters import agreement, close, groups
 from .pairs import make_statistic
 from .run import Experiment, Run
@@ -110,7 +111,7 @@ def penalty(self: ContrastiveGroups, step):
     if step.index % self.every == 0:
         self.group(step.f.detach(), step.trainer)
     rows, sae = step.sae.W_dec, step.sae
-    draws = torch.rand(self.asked, generator=step.trainer.generator).to(rows.device)
+    draws = moved(torch.rand(self.asked, generator=step.trainer.generator), rows.device)
     asked = self.members[(draws * self.grouped).long()]
     alike = self.labels[asked][:, None] == self.labels
     weight = self.weight * (self.grouped > 0)
@@ -205,6 +206,15 @@ class SideDivergence(Mechanism):
         return dict(resemblance=self.weight * torch.exp(
             -divergence(*(shares(step.f, step.side, side) for side in ("forget", "retain")))))
 
+# %% ../../nbs/3_ideas/53_contrastive.ipynb #eq530002
+_CONTRAST = (r"L = -\frac{1}{|A|} \sum_{i \in A} \log \frac{\exp(e_i \cdot d_i / T)}"
+            r"{\sum_{j \in G(i)} \exp(e_i \cdot d_j / T)}")
+_APART = (r"L_d = \big\langle (d_i \cdot d_j)^2 \big\rangle_{j \in G(i),\, j \ne i}, \qquad "
+         r"L_s = \big\langle (m_{G(i)} \cdot m_{G(j)})^2 \big\rangle_{G(i) \ne G(j)}")
+_IMPORTANT = r"\text{importance}_i = \alpha \frac{a_i}{\max a} + \beta \frac{g_i}{\max g}"
+_DIVERGENCE = r", \qquad L = \lambda\, e^{-D(P \| Q)}"
+_INFORMED = _IMPORTANT + r" + \gamma \frac{I_i}{\max I}"
+
 # %% ../../nbs/3_ideas/53_contrastive.ipynb #6bd98609
 ENHANCED = dict(weight=0.2, percentile=85, least=5, history=5, diversity=1.0, separation=1.0)
 SELECTION = dict(memory=0.9, threshold=0.01, every=50)
@@ -212,25 +222,31 @@ SELECTION = dict(memory=0.9, threshold=0.01, every=50)
 RUNS = (
     Run("contrastive/1", "Basic Contrastive",
         "Features that correlate are grouped, and each has to be told from its group.",
-        (("ContrastiveGroups", dict(weight=0.1, percentile=75, every=100)),), builds_on="contrastive/0"),
+        (("ContrastiveGroups", dict(weight=0.1, percentile=75, every=100)),), builds_on="contrastive/0",
+        equation=_CONTRAST, source="Run 1: Core Contrastive Learning Infrastructure, and "
+                                  "[InfoNCE](https://arxiv.org/abs/1807.03748)"),
     Run("contrastive/2", "Enhanced Contrastive",
         "Fewer and firmer groups, whose members and middles are pressed apart as well.",
-        (("ContrastiveGroups", ENHANCED | dict(every=100)),), builds_on="contrastive/1"),
+        (("ContrastiveGroups", ENHANCED | dict(every=100)),), builds_on="contrastive/1",
+        equation=_APART, source="Run 2: Optimize Contrastive Learning Parameters"),
     Run("contrastive/3", "Adaptive Selection",
         "What matters little is pruned, and the two sides' activations are pulled apart.",
         (("ContrastiveGroups", ENHANCED | dict(every=50)),
          ("ImportantFeatures", SELECTION | dict(activation=0.4, gradient=0.6, prune=0.1)),
          ("SideDivergence", dict(weight=0.2))), builds_on="contrastive/2",
-        sweep=(dict(without="SideDivergence"),)),
+        sweep=(dict(without="SideDivergence"),), equation=_IMPORTANT + _DIVERGENCE,
+        source="Run 3: Adaptive Feature Selection with Explicit Unlearning"),
     Run("contrastive/4", "Hierarchical + MI", "Clusters from a tree, "
             "importance that counts what a feature tells about the side, and a stronger pull.",
         (("ContrastiveGroups", {k: v for k, v in ENHANCED.items() if k not in ("percentile", "least")}
               | dict(clusters=32, every=50)),
          ("ImportantFeatures", SELECTION | dict(activation=0.35, gradient=0.5, information=0.15, prune=0.05)),
          ("SideDivergence", dict(weight=0.3))), builds_on="contrastive/3",
-        sweep=(dict(without="SideDivergence"),)),
+        sweep=(dict(without="SideDivergence"),), equation=_INFORMED + _DIVERGENCE,
+        source="Run 4: Hierarchical Clustering with Mutual Information"),
 )
 
 CONTRASTIVE = Experiment(
     "contrastive", "Contrastive feature learning for knowledge unlearning",
-    RUNS, reported=0.0, rank=3)
+    RUNS, reported=0.0, rank=3,
+    log="Contrastive Feature Learning for Improved Knowledge Unlearning in Sparse Autoencoders")

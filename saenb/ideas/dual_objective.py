@@ -171,7 +171,6 @@ class SideGates(Mechanism):
     "Gates for each side, mixed by a prediction of each token's side; subclasses define `belonging`."
     gradient_support = "active"
     reads_stream = True
-
     def __init__(self, d_in, d_sae,
         both: float, # penalty for gates that are fully open on both sides
         **settings # of the subclasses
@@ -313,7 +312,7 @@ def belonging(self: SideAttention) -> torch.Tensor:
     # [side, feature, statistic]
     seen = torch.stack([s.density.log(), s.size.log(), s.pull.clamp_min(1e-12).log()], -1)
     seen = (seen - seen.mean((0, 1))) / seen.std((0, 1)).clamp_min(1e-6)
-    side = torch.tensor([1.0, -1.0], device=seen.device)[:, None, None].expand(-1, self.d_sae, 1)
+    side = torch.linspace(1, -1, 2, device=seen.device)[:, None, None].expand(-1, self.d_sae, 1)
     question, answers = self.ask(seen.mean(0)), self.answer(torch.cat([seen, side], -1))
     score = (question * answers).view(2, self.d_sae, self.heads, self.width).sum(-1) / self.width**0.5
     return ((s.density * s.size).log()[..., None] + score).softmax(0).mean(-1)
@@ -328,6 +327,17 @@ def floor(self: SideAttention, belonging: torch.Tensor) -> torch.Tensor:
     "Each feature's threshold."
     return self.threshold * self.statistics.common * (1 - belonging.detach().diff(dim=0)[0].abs())
 
+# %% ../../nbs/3_ideas/56_dual_objective.ipynb #eq560002
+_DIVERGENCE = r"\text{importance}_i = D_i = \tfrac12 \big( D(P_i \| Q_i) + D(Q_i \| P_i) \big)"
+_GRADED = r"\text{importance}_i = (1 - \beta) \frac{D_i}{\bar D} + \beta \frac{g_i}{\bar g}"
+_SEPARATION = (r"L = \lambda \Big\langle \frac{4 p_i q_i}{(p_i + q_i)^2} \Big\rangle_i + \lambda_m \Big\langle "
+              r"\operatorname{relu}\Big( m - \frac{|a_i - b_i|}{a_i + b_i} \Big) \Big\rangle_i")
+_GATES = r"f_i \leftarrow f_i\, g_i\, [\, g_i \ge \tfrac12 \,], \qquad "
+_CLUSTERS = _GATES + (r"\beta_k^s = \operatorname{softmax}_s(\log S_k^s + \kappa\, l_k^s), \qquad "
+                    r"L_c = \nu \Big\langle \frac{(\sum_k z_k)^2}{\sum_k z_k^2} \Big\rangle")
+_ATTENTION = _GATES + (r"\beta_i^s = \frac{1}{H} \sum_h \operatorname{softmax}_s \Big( \log p_i^s a_i^s + "
+                     r"\frac{q_h(\bar v_i) \cdot k_h(v_i^s)}{\sqrt{d}} \Big)")
+
 # %% ../../nbs/3_ideas/56_dual_objective.ipynb #8d7814b4
 GUIDED = dict(gradient=0.5)
 APART = ("SideSeparation", dict(weight=0.2, margin=0.5))
@@ -336,25 +346,32 @@ RUNS = (
     Run("dual_objective/1", "Dual-Dataset", "Features are kept sorted by how differently "
             "they act on the two sides, and blocks of them rest that hardly differ.",
         (("SideBlocks", dict(block=32, threshold=0.0001)),),
-        training=dict(balanced=True), builds_on="dual_objective/0"),
+        training=dict(balanced=True), builds_on="dual_objective/0", equation=_DIVERGENCE,
+        source="Run 1: Initial Dual-Dataset Implementation"),
     Run("dual_objective/2", "Gradient-Guided",
         "What the loss would miss counts too, and the threshold follows the distribution.",
         (("SideBlocks", dict(block=32) | GUIDED),),
-        training=dict(balanced=True), builds_on="dual_objective/1"),
+        training=dict(balanced=True), builds_on="dual_objective/1", equation=_GRADED,
+        source="Run 2: Gradient-Guided Feature Management Implementation, of which the heading is left"),
     Run("dual_objective/3", "Enhanced Separation", "Each feature is pushed to one side.",
         (("SideBlocks", dict(block=32) | GUIDED), APART),
-        training=dict(balanced=True), builds_on="dual_objective/2"),
+        training=dict(balanced=True), builds_on="dual_objective/2", equation=_SEPARATION,
+        source="Run 3: Enhanced Feature Separation Implementation, of which the heading is left"),
     Run("dual_objective/4", "Hierarchical",
         "Clusters of features have a gate for each side, and tokens pay for the clusters that speak.",
         (("SideBlocks", dict(block=32, company=0.5) | GUIDED),
          APART, ("ClusterGates", dict(clusters=32, both=0.02))),
-        training=dict(balanced=True), builds_on="dual_objective/3"),
+        training=dict(balanced=True), builds_on="dual_objective/3", equation=_CLUSTERS,
+        source="Run 4: Hierarchical Feature Organization Implementation"),
     Run("dual_objective/5", "Per-Feature Attention",
         "Each feature attends to what it does on either side, and speaks where its attention is.",
         (("SideBlocks", dict(block=32) | GUIDED), APART, ("SideAttention", dict(heads=4, both=0.02))),
-        training=dict(balanced=True), builds_on="dual_objective/4"),
+        training=dict(balanced=True), builds_on="dual_objective/4", equation=_ATTENTION,
+        source="Run 4, Next Steps (per-feature attention mechanisms)"),
 )
 
+# %% ../../nbs/3_ideas/56_dual_objective.ipynb #eq560005
 DUAL_OBJECTIVE = Experiment(
     "dual_objective", "Dual-objective adaptive feature management for knowledge unlearning",
-    RUNS, training=dict(balanced=True), reported=0.0, rank=4)
+    RUNS, training=dict(balanced=True), reported=0.0, rank=4,
+    log="Dual-Objective Adaptive Feature Management for Efficient Knowledge Unlearning")

@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 
 from ..base.errors import SaenbError, lookup
-from .pairs import jaccard, make_statistic, pair_count, strongest
+from .pairs import jaccard, make_statistic, pair_count, strongest, strongest_filled
 from .run import Experiment, Run
 from ..train.mechanism import Mechanism
 
@@ -122,11 +122,15 @@ def choose(self: OrthogonalPairs, values: torch.Tensor, step):
     "Update the statistic with the batch, and choose pairs."
     with torch.no_grad(), step.trainer.products(self.d_sae, len(values)):
         self.statistic.update(values)
-    found = strongest(self.statistic.strength(), self.pairs.shape[1])
-    number = found.shape[1]
+    strength, count = self.statistic.strength(), self.pairs.shape[1]
     self.before.copy_(self.pairs)
-    self.pairs.zero_()[:, :number] = found
-    self.tau.zero_()[:number] = self.rule(self.statistic.weight(found), **self.extra)
+    if strength.device.type == "cpu":
+        found = strongest(strength, count)
+        self.pairs.zero_()[:, :found.shape[1]] = found
+    else:
+        found = self.pairs.copy_(strongest_filled(strength, count))
+    weights = self.rule(self.statistic.weight(found), **self.extra)
+    self.tau.zero_()[:found.shape[1]] = torch.where(found[0] < found[1], weights, 0)
 
 @patch
 def numbers(self: OrthogonalPairs, sae) -> dict[str, float]:
@@ -138,51 +142,78 @@ def numbers(self: OrthogonalPairs, sae) -> dict[str, float]:
     return dict(squared_cosine=(cosines**2).mean().item() if len(cosines) else 0.0,
                 agreement=jaccard(chosen, old, self.d_sae))
 
+# %% ../../nbs/3_ideas/46_orthogonality.ipynb #eq460002
+def _equation(ranked, tau):
+    "The penalty, with what pairs are ranked by and how strongly each is penalized."
+    return (r"L = \frac{1}{|P|} \sum_{(i, j) \in P} \tau_{ij}\, (d_i \cdot d_j)^2, \qquad "
+            rf"P = \operatorname{{top}} {ranked}, \qquad \tau_{{ij}} = {tau}")
+
+_TOGETHER, _GRADIENTS = r"\overline{f_i f_j}", r"\overline{\lvert g_i g_j \rvert}"
+_RISING = r"\tau + (\tau_{max} - \tau) \lvert r_{ij} \rvert"
+
 # %% ../../nbs/3_ideas/46_orthogonality.ipynb #b84ded2c
 FEW_PAIRS = (
     Run("orthogonality/1", "Basic orthogonality",
         "Features that act together most in the batch get different directions.",
         (("OrthogonalPairs", dict(by="coactivation", share=0.001, tau=0.1)),), builds_on="orthogonality/0",
-        sweep=tuple(dict(share=share) for share in (0.0001, 0.01, 0.1))), # how many pairs are best
+        sweep=tuple(dict(share=share) for share in (0.0001, 0.01, 0.1)), # how many pairs are best
+        equation=_equation(_TOGETHER, r"\tau"), source="Run 1: Basic Orthogonality Implementation"),
     Run("orthogonality/2", "Adaptive tau", "The more two features correlate, the more they are charged.",
         (("OrthogonalPairs", dict(by="coactivation", share=0.001, rule="rising", tau=0.1, tau_max=0.5)),),
-        builds_on="orthogonality/1"),
+        builds_on="orthogonality/1", equation=_equation(_TOGETHER, _RISING),
+        source="Run 2: Adaptive Tau Implementation"),
     Run("orthogonality/3", "Higher base", "The same, several times as strong.",
         (("OrthogonalPairs", dict(by="coactivation", share=0.001, rule="rising", tau=0.5, tau_max=2.0)),),
-        builds_on="orthogonality/2"),
+        builds_on="orthogonality/2", equation=_equation(_TOGETHER, _RISING),
+        source="Run 3: Increased Base Penalty Implementation"),
     Run("orthogonality/4", "Exponential",
         "Fewer pairs, and a charge that grows exponentially with correlation.",
         (("OrthogonalPairs", dict(by="coactivation", share=0.0005, rule="exponential", tau=0.1, rate=2.0)),),
-        builds_on="orthogonality/2"),
+        builds_on="orthogonality/2",
+        equation=_equation(_TOGETHER, r"\tau e^{\rho \lvert r_{ij} \rvert}"),
+        source="Run 4: Exponential Penalty Implementation"),
     Run("orthogonality/5", "Gradient-based",
         "Features that the loss wants to change together compete; they are found by their gradients.",
         (("OrthogonalPairs", dict(by="gradients", memory=0.9, count=100, rule="proportional", tau=0.1)),),
-        builds_on="orthogonality/1"),
+        builds_on="orthogonality/1",
+        equation=_equation(_GRADIENTS, r"\tau\, \overline{\lvert g_i g_j \rvert} / "
+                           r"\langle \overline{\lvert g_k g_l \rvert} \rangle_{(k, l) \in P}"),
+        source="Run 5: Gradient-Based Pair Selection Implementation"),
 )
 
 # %% ../../nbs/3_ideas/46_orthogonality.ipynb #a527830a
 MANY_PAIRS = (
     Run("orthogonality/6", "Adaptive count", "The number of pairs grows with the dictionary.",
         (("OrthogonalPairs", dict(by="gradients", memory=0.9, share=0.05, tau=0.1, refresh=2, every=2)),),
-        builds_on="orthogonality/5"),
+        builds_on="orthogonality/5", equation=_equation(_GRADIENTS, r"\tau"),
+        source="Run 6: Adaptive Pair Count Implementation"),
     Run("orthogonality/7", "Aggressive", "More pairs, a shorter memory and a stronger charge.",
         (("OrthogonalPairs", dict(by="gradients", memory=0.5, share=0.1, tau=0.5, refresh=2, every=2)),),
-        builds_on="orthogonality/6"),
+        builds_on="orthogonality/6", equation=_equation(_GRADIENTS, r"\tau"),
+        source="Run 7: Aggressive Orthogonality Implementation"),
     Run("orthogonality/8", "Temporal", "Correlation over several batches is less noisy than over one.",
         (("OrthogonalPairs", dict(by="window", window=5, share=0.1, rule="proportional",
-                                  tau=0.3, refresh=2, every=2)),), builds_on="orthogonality/7"),
+                                  tau=0.3, refresh=2, every=2)),), builds_on="orthogonality/7",
+        equation=_equation(r"\lvert r^W_{ij} \rvert", r"\tau \lvert r^W_{ij} \rvert"),
+        source="Run 8: Temporal Correlation Implementation"),
     Run("orthogonality/9", "Enhanced temporal",
         "A longer window, in which correlations that persist are charged exponentially.",
         (("OrthogonalPairs", dict(by="persistence", window=20, share=0.1, rule="exponential", tau=0.5,
-                                  rate=1.0, refresh=2, every=2)),), builds_on="orthogonality/8"),
+                                  rate=1.0, refresh=2, every=2)),), builds_on="orthogonality/8",
+        equation=_equation(r"\tfrac12 (\lvert r_{ij} \rvert + \lvert r^W_{ij} \rvert)",
+                           r"\tau e^{\rho \lvert r^W_{ij} \rvert}"),
+        source="Run 9: Enhanced Temporal Correlation Implementation"),
     Run("orthogonality/10", "Information-theoretic",
         "Mutual information sees dependence that correlation misses.",
         (("OrthogonalPairs", dict(by="information", share=0.1, rule="proportional", tau=0.5,
-                                  refresh=50, every=2)),), builds_on="orthogonality/9"),
+                                  refresh=50, every=2)),), builds_on="orthogonality/9",
+        equation=_equation("I_{ij}", r"\tau I_{ij}"),
+        source="Run 10: Information-Theoretic Feature Dependency Implementation"),
 )
 
 RUNS = FEW_PAIRS + MANY_PAIRS
 
 ORTHOGONALITY = Experiment(
     "orthogonality", "Instantaneous top-k orthogonality constraints for feature disentanglement",
-    RUNS, reported=0.0, rank=1)
+    RUNS, reported=0.0, rank=1,
+    log="Instantaneous Top-k Orthogonality Constraints for Feature Disentanglement")

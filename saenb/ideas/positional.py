@@ -116,7 +116,6 @@ class SoftMask(PositionMask):
 class HybridMask(SoftMask):
     "A soft mask, blended with a score of the token's content."
     reads_stream = True
-
     def __init__(self, d_in, d_sae,
         temperature: float = 0.5, # of the mask at the start, in units of the length
         rank: int = 16, # directions that content is read through
@@ -127,9 +126,8 @@ class HybridMask(SoftMask):
         super().__init__(d_in, d_sae, temperature, length, rank=rank, pace=pace, **settings)
         if rank < 1:
             raise SaenbError(f"Content cannot be read through {rank} directions; it has to be at least 1.")
-        self.pace, self.reading = pace, Reading(d_in)
-        self.directions = nn.Parameter(torch.randn(d_in, rank, generator=torch.Generator().manual_seed(0))
-                                       / d_in**0.5)
+        self.pace, self.reading, draw = pace, Reading(d_in), torch.Generator().manual_seed(0)
+        self.directions = nn.Parameter(torch.randn(d_in, rank, generator=draw) / d_in**0.5)
         self.relevance = nn.Parameter(torch.zeros(rank, d_sae))
         self.readiness = nn.Parameter(torch.full((d_sae,), 2.0)) # what a score is made of besides content
         self.lean = nn.Parameter(torch.full((d_sae,), -2.0 / pace))
@@ -205,7 +203,7 @@ def remember(self: EvolvingMask, f, positions):
     pace = (1 - self.memory) * (tokens > 0)
     self.history.lerp_((places.T @ f) / tokens.clamp_min(1), pace)
     self.seen.lerp_(torch.ones_like(self.seen), pace)
-    self.use.lerp_((f > 0).float().mean(0), 1 - self.memory if self.use.any() else 1.0)
+    self.use.lerp_((f > 0).float().mean(0), torch.where(self.use.any(), 1 - self.memory, 1.0))
 
 # %% ../../nbs/3_ideas/49_positional.ipynb #cedd3578
 @patch
@@ -237,56 +235,91 @@ def reset_features(self: EvolvingMask, which, trainer):
         p.index_fill_(dim, which, start)
         trainer.reset_momentum(p, dim, which)
 
+# %% ../../nbs/3_ideas/49_positional.ipynb #eq490002
+_MASK = r"f_i(x, p) = M_{pi} \cdot \operatorname{relu}(x \cdot e_i + b_i), \qquad "
+_GAUSSIAN = _MASK + r"M_{pi} = \exp\Big( -\frac{(p - c_i)^2}{2 T^2} \Big) \text{ at the start, then learned}"
+
 # %% ../../nbs/3_ideas/49_positional.ipynb #4812fdf2
 ROUTED = dict(heads=8, memory=0.99)
 RESETS = (UsageResets.__name__, dict(least=0.01, relative=True, memory=0.99, every=100))
 
 MASKED = (
     Run("positional/1", "Hard Masks", "Each feature speaks in one eighth of the text alone.",
-        (("HardMask", dict(parts=8)),), builds_on="positional/0"),
+        (("HardMask", dict(parts=8)),), builds_on="positional/0",
+        equation=_MASK + r"M_{pi} = [\, \lfloor K p / L \rfloor = \lfloor K i / F \rfloor \,]",
+        source="Run 1: Hard Positional Masking"),
     Run("positional/2", "Soft Masks",
         "Each feature speaks most around a position of its own; what passes is learned.",
-        (("SoftMask", dict(temperature=0.1)),), builds_on="positional/1"),
+        (("SoftMask", dict(temperature=0.1)),), builds_on="positional/1",
+        equation=_GAUSSIAN, source="Run 2: Soft Positional Masking"),
     Run("positional/3", "Optimised Temperature", "The same with masks five times as broad.",
         (("SoftMask", dict(temperature=0.5)),), builds_on="positional/2",
-        sweep=(dict(temperature=0.05), dict(temperature=0.25), dict(temperature=1.0), dict(temperature=2.0))),
+        sweep=(dict(temperature=0.05), dict(temperature=0.25), dict(temperature=1.0), dict(temperature=2.0)),
+        equation=_GAUSSIAN, source="Run 3: Optimized Temperature Soft Masking"),
     Run("positional/4", "Hybrid Masks",
         "A score of the token's content is blended with the mask, as far as each feature learns to.",
-        (("HybridMask", dict(temperature=0.5)),), builds_on="positional/3"),
+        (("HybridMask", dict(temperature=0.5)),), builds_on="positional/3",
+        equation=r"f_i \leftarrow f_i \big( (1 - b_i) M_{pi} + b_i\, \sigma(x V r_i + t_i) \big), \qquad "
+                 r"b_i = \sigma(\kappa l_i)",
+        source="Run 4: Hybrid Content-Position Masking"),
     Run("positional/5", "Adaptive Evolution", "Masks follow where features would be active, "
             "sharper for those that are used much, and idle features begin anew.",
         (("EvolvingMask", dict(temperature=1.0)), RESETS), builds_on="positional/4",
-        sweep=(dict(relative=False), dict(without="UsageResets"))),
+        sweep=(dict(relative=False), dict(without="UsageResets")),
+        equation=r"M_{pi} \leftarrow M_{pi} + \alpha \Big( \Big( \frac{h_{pi}}{\max_p h_{pi}} \Big)^{1 / T_i} - "
+                 r"M_{pi} \Big), \qquad T_i = \sqrt{\bar u / u_i}",
+        source="Run 5: Adaptive Mask Evolution"),
 )
+
+# %% ../../nbs/3_ideas/49_positional.ipynb #eq490004
+_ROUTE = r"f_i \leftarrow f_i \sum_g M_{gi}\, o_g \cdot 2 \sigma(w_i), \qquad "
+_OPEN = r"o_g = \operatorname{relu}\Big( \frac{r_g}{\max r} - c\, \overline{r_{g' \ne g}} \Big)"
+_CONTRAST = (r"L = \lambda \Big\langle -\log \frac{\sum_{u: p_u = p_t} e^{s_{tu} / T}}"
+            r"{\sum_{u \ne t} e^{s_{tu} / T}} \Big\rangle_t")
+_LEARNED = _ROUTE + r"M_{gi} = \operatorname{softmax}_g(m_{gi}), \qquad c \text{ learned}, \qquad "
+_NOISE = r"L = \frac{\lambda_I}{n} \sum_{i \ne j} -\tfrac12 \log(1 - r_{ij}^2)"
+_EVEN = r" + \lambda_H \Big( 1 - \frac{H(s)}{\log F} \Big)"
+_THROUGH = (r"f_i = M_{pi} \operatorname{relu}(z_i), \qquad "
+            r"\partial f_i / \partial z_i := [\, z_i > 0 \,] \text{ whatever } M_{pi}")
 
 # %% ../../nbs/3_ideas/49_positional.ipynb #2e303a38
 ROUTED_RUNS = (
     Run("positional/6", "Attention Routing", "No masks by position; "
             "eight heads attend from tokens to groups of features, and idle features begin anew.",
-        (("FeatureRouter", ROUTED | dict(groups=64)), RESETS), builds_on="positional/0"),
+        (("FeatureRouter", ROUTED | dict(groups=64)), RESETS), builds_on="positional/0",
+        equation=_ROUTE + _OPEN, source="Run 6: Attention-Based Feature Routing"),
     Run("positional/7", "Contrastive Routing",
         "Tokens of one position have to be told from those of others by their features.",
         (("FeatureRouter", ROUTED | dict(groups=64)), RESETS,
-         ("PositionContrast", dict(weight=0.3, temperature=0.5, memory=0.95))), builds_on="positional/6"),
+         ("PositionContrast", dict(weight=0.3, temperature=0.5, memory=0.95))), builds_on="positional/6",
+        equation=_CONTRAST, source="Run 7: Contrastive Feature Learning, and "
+                                   "[InfoNCE](https://arxiv.org/abs/1807.03748)"),
     Run("positional/8", "Hierarchical Groups", "Sixteen groups of features compete for every token.",
         (("FeatureRouter", ROUTED | dict(groups=16, competition=0.1)), RESETS,
-         ("PositionContrast", dict(weight=0.3, temperature=0.5, memory=0.95))), builds_on="positional/6"),
+         ("PositionContrast", dict(weight=0.3, temperature=0.5, memory=0.95))), builds_on="positional/6",
+        equation=_OPEN, source="Run 8: Hierarchical Feature Organization"),
     Run("positional/9", "Dynamic Allocation", "Features choose among 32 clusters, "
             "which compete as strongly as is learned; tokens are compared by clusters.",
         (("FeatureRouter", ROUTED | dict(groups=32, competition=0.1, learned=True)), RESETS,
-         ("PositionContrast", dict(weight=0.3, temperature=0.5))), builds_on="positional/6"),
+         ("PositionContrast", dict(weight=0.3, temperature=0.5))), builds_on="positional/6",
+        equation=_LEARNED + _OPEN, source="Run 9: Dynamic Feature Allocation"),
     Run("positional/10", "Information-Theoretic",
         "Features are charged for telling of each other and for being used unevenly.",
         (("FeatureRouter", ROUTED | dict(groups=32, competition=0.1, learned=True)),
          RESETS, ("PositionContrast", dict(weight=0.3, temperature=0.5)),
-         ("FeatureInformation", dict(information=0.1, entropy=0.1))), builds_on="positional/9"),
+         ("FeatureInformation", dict(information=0.1, entropy=0.1))), builds_on="positional/9", equation=_NOISE + _EVEN,
+        source="Run 10: Information-Theoretic Feature Learning, of which the heading is left"),
     Run("positional/static", "Static Slicing",
         "The split of run 1, but features learn from all tokens as though they spoke on them.",
-        (("HardMask", dict(parts=8, masked_gradient=False)),), builds_on="positional/1"),
+        (("HardMask", dict(parts=8, masked_gradient=False)),), builds_on="positional/1", equation=_THROUGH,
+        source="its plan (compare to static slicing), and the "
+               "[straight-through estimate](https://arxiv.org/abs/1308.3432)"),
 )
 
+# %% ../../nbs/3_ideas/49_positional.ipynb #eq490007
 RUNS = MASKED + ROUTED_RUNS
 
 POSITIONAL = Experiment(
     "positional", "Structured positional masking for adaptive temporal feature specialisation",
-    RUNS, reported=0.0, rank=2)
+    RUNS, reported=0.0, rank=2,
+    log="Structured Positional Masking for Adaptive Temporal Feature Specialization")

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..base.errors import SaenbError
+from ..data.store import moved
 from .pairs import entropy
 from ..train.mechanism import Mechanism
 
@@ -170,7 +171,7 @@ class PositionContrast(Mechanism):
     def penalty(self, step):
         "The contrastive loss over tokens at positions drawn at random."
         position = step.positions.long()
-        draws = torch.rand(1024, generator=step.trainer.generator).to(position.device)
+        draws = moved(torch.rand(1024, generator=step.trainer.generator), position.device)
         chosen = draws[position % len(draws)].argsort(stable=True)[:self.tokens]
         f, position = step.f[chosen], position[chosen]
         f = f / f.detach().pow(2).mean().sqrt().clamp_min(1e-12) # of one size, whatever the stream's
@@ -189,12 +190,14 @@ class PositionContrast(Mechanism):
 
 # %% ../../nbs/3_ideas/50_routing.ipynb #ee3cacbc
 def position_contrast(logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "How badly tokens find those of their own position, in nats, and which of all tokens can."
+    "How badly tokens find those of their own position, in nats, and which of all tokens can; others miss 0."
     itself = torch.eye(len(position), dtype=torch.bool, device=logits.device)
     logits = logits.masked_fill(itself, -torch.inf)
     same = (position[:, None] == position) & ~itself
     able = same.any(1)
-    return logits.logsumexp(1)[able] - logits[able].masked_fill(~same[able], -torch.inf).logsumexp(1), able
+    missed = logits.logsumexp(1) - logits.masked_fill(able[:, None] & ~same, -torch.inf).logsumexp(1)
+    # a sum of fewer numbers may be rounded in another way, and which they are a device would have to be asked
+    return missed[able] if missed.device.type == "cpu" else missed, able
 
 @patch
 def likeness(self: PositionContrast, f, trainer):
@@ -233,8 +236,8 @@ class FeatureInformation(Mechanism):
 
     def penalty(self, step):
         "Both terms for the batch."
-        asked = torch.randperm(self.d_sae, generator=step.trainer.generator)[:self.asked].to(step.f.device)
-        carried = step.f.sum(0)
+        drawn = torch.randperm(self.d_sae, generator=step.trainer.generator)[:self.asked]
+        asked, carried = moved(drawn, step.f.device), step.f.sum(0)
         share = carried / carried.sum().clamp_min(1e-30)
         missing = 1 - entropy(share.clamp_min(1e-12)).sum() / torch.tensor(self.d_sae).log()
         return dict(information=self.weights["information"] * normal_information(step.f[:, asked]),

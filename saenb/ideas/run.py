@@ -29,6 +29,8 @@ class Run:
     training: dict = field(default_factory=dict) # fields of `TrainConfig` that differ from the preset's
     builds_on: str | None = None # the run it differs from by one part
     sweep: tuple[dict, ...] = () # changes that an analysis asks for, trained at the full budget
+    equation: str = "" # its method in LaTeX
+    source: str = "" # where the method comes from: a heading in the log, a paper
 
     def __post_init__(self):
         if not isinstance(self.id, str) or not re.fullmatch(r"\w{1,60}/\w{1,60}", self.id):
@@ -108,6 +110,7 @@ class Experiment:
     figures: dict[str, Callable] = field(default_factory=dict) # draw(material) by file name
     analyses: dict[str, Analysis] = field(default_factory=dict) # by file name
     reported: float | None = None # the score that its log reports for each of its runs, where there is a log
+    log: str = "" # that log's title
     rank: int = 100 # its place among the experiments, the lowest first
 
     def __post_init__(self):
@@ -117,7 +120,10 @@ class Experiment:
                              f"call it {self.name}/{foreign[0].number}.")
         if "0" not in [run.number for run in self.runs]:
             idea = "Reconstruction and an L1 penalty, nothing else."
-            self.runs = (Run(f"{self.name}/0", "Baseline SAE", idea, training=self.training), *self.runs)
+            made = Run(f"{self.name}/0", "Baseline SAE", idea, training=self.training,
+                       equation=r"L = \lVert x - \hat x \rVert^2 + \lambda \textstyle\sum_i f_i",
+                       source="Run 0: Baseline" if self.log else "")
+            self.runs = (made, *self.runs)
 
     def figure(self, draw: Callable) -> Callable:
         "Enter a function as the figure of its name."

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..base.declarations import modules_in
+from ..base.devices import wait_for
 from ..base.files import hold_memory, read_json, write_json
 from ..base.locks import locked
 from ..base.schemas import positive
@@ -28,9 +29,10 @@ from ..train.trainer import Trainer
 # steps before a step's cost is measured: by then activations are nearly as sparse as they become
 YOUNG = 150
 
-def trainer_of(run: Run, store, d_sae: int, batch: int) -> Trainer:
+def trainer_of(run: Run, store, d_sae: int, batch: int, device="cpu") -> Trainer:
     "A trainer that is ready to take steps."
     sae = SAE(SAEConfig(d_in=store.d_in, d_sae=d_sae)).initialise(next(store.batches(batch, 0)).x, 0)
+    sae.to(device)
     mechanisms = [make_mechanism(name, settings, sae.cfg) for name, settings in run.mechanisms]
     return Trainer(sae, store, mechanisms,
                    TrainConfig(**dict(steps=10**6, batch=batch, warmup=YOUNG // 10) | run.training))
@@ -40,6 +42,7 @@ def seconds(trainer: Trainer, batches: list) -> float:
     began = time.perf_counter()
     trainer.one_step(batches[trainer.index % len(batches)])
     if trainer.index % trainer.cfg.log_every == 0: trainer.flush()
+    wait_for(trainer.sae.device)
     return time.perf_counter() - began
 
 def period(run: Run) -> int:
@@ -55,12 +58,14 @@ def step_cost(
     batch: int = 2048, # tokens a step
     steps: int = 20, # to time at least
     repeats: int = 3, # measurements of each run
+    device: str = "cpu", # where they are trained
 ) -> dict[str, list[float]]:
     "For each run the cost of its steps as multiples of the baseline's."
     hold_memory()
-    batches, found = [replace(b, x=b.x.float()) for b, _ in zip(store.batches(batch, 0), range(16))], {}
+    batches, found = [replace(b, x=b.x.float()).to(device)
+                      for b, _ in zip(store.batches(batch, 0), range(16))], {}
     for run in runs:
-        pair = [trainer_of(r, store, d_sae, batch) for r in (find_run(f"{run.experiment}/0"), run)]
+        pair = [trainer_of(r, store, d_sae, batch, device) for r in (find_run(f"{run.experiment}/0"), run)]
         def in_turn(steps):
             "Seconds of both, step by step in turn."
             return map(sum, zip(*[[seconds(trainer, batches) for trainer in pair] for _ in range(steps)]))
@@ -90,7 +95,8 @@ class Given:
 
 def _step_costs(given, runs):
     preset = given.preset
-    return step_cost([find_run(id) for id in runs], given.store(), preset.d_sae, preset.training.batch)
+    return step_cost([find_run(id) for id in runs], given.store(), preset.d_sae, preset.training.batch,
+                     device=preset.where())
 
 STEP_COST = Analysis(_step_costs, [positive])
 

@@ -30,8 +30,12 @@ def cores() -> int:
     "Processors that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def _begin(lifeline, threads):
-    "Prepare a process: its share of the processor, and an end together with the one that started it."
+def _begin(lifeline, threads, devices, taken):
+    "Prepare a process: its share of the machine, and an end together with the one that started it."
+    if devices: # those of the machine in turn, before torch looks at them
+        with taken.get_lock():
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[taken.value % len(devices)]
+            taken.value += 1
     os.environ["OMP_NUM_THREADS"] = str(threads) # read when torch is imported, which the first job does
     waiting_asleep()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -52,12 +56,13 @@ def run_parallel(
     make: Callable, # a function of a module, since processes import it
     jobs: list[tuple], # its arguments, one tuple a job
     processes: int, # jobs under way at the same time
+    devices: list[str] = (), # GPUs that they take in turn; all share one device if there are none
 ) -> Iterator[tuple[int, object]]:
     "Each job's place in the list and what came of it, in the order in which they end; what fails ends all."
     context = multiprocessing.get_context("spawn") # a forked process would take over locks of torch's threads
     lifeline, held = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(min(processes, len(jobs)), context, _begin,
-                               (lifeline, max(1, cores() // processes)))
+                               (lifeline, max(1, cores() // processes), devices, context.Value("i", 0)))
     try:
         places = {pool.submit(make, *job): place for place, job in enumerate(jobs)}
         for ended in as_completed(places): yield places[ended], ended.result()

@@ -6,10 +6,13 @@
 __all__ = ['RECORDS', 'NAMES', 'judged', 'name_command', 'explore_command', 'export_command']
 
 # %% ../../nbs/5_laboratory/121_feature_commands.ipynb #56293943
+import gc
+import signal
 from pathlib import Path
 
 from ..base.errors import SaenbError
-from .commands import ANYWAY, DICTIONARY, PRESET, above_zero, command, option, preset_of, whole
+from .commands import (ANYWAY, DEVICE, DICTIONARY, PRESET, above_zero, command, option, preset_of,
+                                whole)
 
 # %% ../../nbs/5_laboratory/121_feature_commands.ipynb #accd33ed
 RECORDS = option("--records", default="runs", help="folder of the records (default: runs)")
@@ -22,7 +25,8 @@ def judged(args):
     from saenb.sae.sae import load_sae
     dictionary, folder = Record.place(args.sae)
     sae, preset = load_sae(dictionary), preset_of(args)
-    return sae, preset, folder, check_fits(sae, preset, args.anyway)
+    odd = check_fits(sae, preset, args.anyway)
+    return sae.to(preset.where()), preset, folder, odd
 
 # %% ../../nbs/5_laboratory/121_feature_commands.ipynb #22f1feb9
 @command(DICTIONARY, PRESET,
@@ -31,7 +35,8 @@ def judged(args):
                 "(default: WordNet's glosses that no dictionary is trained on)"),
          option("--tree", metavar="FILE", help="the tree of their concepts: columns id, word and above "
                 "(default: WordNet's)"),
-         option("--count", type=above_zero, default=2000, help="texts to read (default: 2000)"), ANYWAY)
+         option("--count", type=above_zero, default=2000, help="texts to read (default: 2000)"), ANYWAY,
+         DEVICE)
 def name_command(args):
     "Name a dictionary's features after the concepts of a taxonomy."
     from saenb.base.files import write_json
@@ -76,7 +81,8 @@ def _explored(args, contexts=6, effects=64):
          option("--serve", action="store_true",
                 help="show the page at an address of this machine, with a box "
                     "for a text of your own"),
-         option("--port", type=whole, default=0, help="of that address (default: a free one)"), ANYWAY)
+         option("--port", type=whole, default=0, help="of that address (default: a free one)"), ANYWAY,
+         DEVICE)
 def explore_command(args):
     "Make a page that shows every feature of a dictionary."
     from saenb.report.explorer import write_page
@@ -89,26 +95,34 @@ def explore_command(args):
 
 def _serve(found, title, readings, sae, args):
     "Show the page until somebody stops it."
+    from saenb.lab.stopping import Stopped
     from saenb.report.explorer_server import server
     with server(found, title, readings, sae, args.port, args.report) as running:
-        print(f"http://127.0.0.1:{running.server_port}/ shows {found['features']:,} features to this machine "
-              "alone; stop it with Ctrl-C.", flush=True)
-        running.serve_forever()
+        try:
+            print(f"http://127.0.0.1:{running.server_port}/ shows {found['features']:,} features to this "
+                  "machine alone; stop it with Ctrl-C.", flush=True)
+            running.serve_forever()
+        except KeyboardInterrupt as e:
+            gc.freeze() # nothing is left to be cleared up, which would take longer than a second
+            raise Stopped("Stopped; the same command shows the page again.",
+                          getattr(e, "number", signal.SIGINT)) from None
 
 # %% ../../nbs/5_laboratory/121_feature_commands.ipynb #3c7519e6
-@command(DICTIONARY, option("--to", choices=("saelens", "neuronpedia"), required=True, help="the tool"),
+@command(DICTIONARY, option("--to", choices=("saelens", "dictionary_learning", "sparsify", "neuronpedia"),
+                                     required=True, help="the tool"),
          option("out", help="the folder to write"), PRESET, RECORDS, NAMES,
          option("--model-id", metavar="ID",
                 help="the model's id on Neuronpedia (default: the preset's name)"),
          option("--set", default="res-saenb", metavar="NAME", help="the set of dictionaries there (default: "
-                    "res-saenb)"), ANYWAY)
+                    "res-saenb)"), ANYWAY, DEVICE)
 def export_command(args):
-    "Write a dictionary for another tool: weights for saelens, features for neuronpedia."
+    "Write a dictionary for another tool: weights, or for neuronpedia features."
     if args.to == "neuronpedia": return _to_neuronpedia(args)
     from saenb.lab.records import Record
-    from saenb.sae.formats.saelens import export
+    from saenb.sae.formats.reading import formats
     from saenb.sae.sae import load_sae
-    message = export(load_sae(Record.place(args.sae)[0]), args.out)
+    writers = {f.name.lower(): f.write for f in formats().values() if f.write}
+    message = writers[args.to](load_sae(Record.place(args.sae)[0]), args.out)
     if args.json: return dict(folder=args.out, said=message)
     print(message)
 

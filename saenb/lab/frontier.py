@@ -7,12 +7,15 @@ __all__ = ['COUNTS', 'PENALTIES', 'GRID', 'FRONTIER', 'MEASURES', 'make_frontier
            'draw_frontier']
 
 # %% ../../nbs/2_dictionary/32_frontier.ipynb #afeff3b6
+from dataclasses import replace
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from ..data.store import Store
 from ..ideas.run import Run
+from .preset_files import find_preset
 from .presets import Preset
 from .records import Record, find_records, over_seeds
 from .runner import run
@@ -37,10 +40,13 @@ def make_frontier(
     seeds: int = 3, # of each point
     grid: dict = GRID, # changes by architecture
     steps: int | None = None, # another training length than the preset's
+    evals: tuple[str, ...] = (), # evaluations of each point; those that the preset records by default
 ) -> list[Record]:
     "Make all records of the grid, or find them."
+    preset = find_preset(preset)
+    if evals: preset = replace(preset, recorded=tuple(evals))
     return [run(FRONTIER, preset, seed, out, steps, change, progress=False)
-            for changes in grid.values() for change in changes for seed in range(seeds)]
+            for seed in range(seeds) for changes in grid.values() for change in changes]
 
 def points(records: list[Record]) -> list[dict]:
     "A row for each record: its architecture, its setting and its headlines."
@@ -90,8 +96,11 @@ def draw_frontier(
 ) -> Figure:
     "Measures against the number of active features, a line an architecture; bars are intervals over seeds."
     shown = [m for m in measures if all(r.get(m) is not None for r in rows)]
-    fig = Figure(figsize=(4.6 * max(1, len(shown)), 3.4), layout="constrained")
-    for ax, measure in zip(np.atleast_1d(fig.subplots(1, max(1, len(shown)))), shown):
+    columns, lines = min(3, max(1, len(shown))), max(1, -(-len(shown) // 3))
+    fig = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
+    axes = list(fig.subplots(lines, columns, squeeze=False).flat)
+    for ax in axes[len(shown):]: ax.set_axis_off()
+    for ax, measure in zip(axes, shown):
         for kind in dict.fromkeys(r["architecture"] for r in rows):
             settings = {}
             for r in rows:

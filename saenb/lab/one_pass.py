@@ -89,13 +89,10 @@ def fit(self: OnePass, progress: bool = True):
     "Train all of them to the end, from their checkpoints if there are any."
     for t in self.trainers: t.begin()
     first = self.trainers[0]
-    batches = (first.store.batches(first.cfg.batch, first.cfg.seed, self.index, first.cfg.balanced)
-               if self.index < self.steps else ())
     with tqdm(total=self.steps, initial=self.index, desc="train", unit="step", disable=not progress) as bar:
-        for batch in batches:
-            self.one_step(first.ready(batch))
+        for batch in first.reading(self.index):
+            self.one_step(batch)
             bar.update()
-            if self.index >= self.steps: break
     for t in self.trainers: t.end()
 
 # %% ../../nbs/5_laboratory/103_one_pass.ipynb #ab010010

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ..base.devices import VARIABLE
 from ..base.errors import SaenbError
 from .engines import cores
 from .. import __version__
@@ -104,11 +105,11 @@ def need_ray(folder: str | Path, address: str | None = None):
         for task in asked: _answer(ray, task)
 
 # %% ../../nbs/5_laboratory/108_ray.ipynb #ee81b49d
-def _shares(machines, processes):
+def _shares(machines, processes, device="auto"):
     "What one of several jobs asks for, and how many threads it may have."
     cpus = min(m["Resources"]["CPU"] for m in machines)
     processes = min(processes, int(cpus))
-    gpus = min(m["Resources"].get("GPU", 0) for m in machines)
+    gpus = min(m["Resources"].get("GPU", 0) for m in machines) if device in ("auto", "cuda") else 0
     asked = dict(num_cpus=cpus / processes, num_gpus=min(1, gpus / processes))
     # four decimals, as Ray counts
     return {k: int(v * 10_000) / 10_000 for k, v in asked.items()}, int(cpus // processes)
@@ -120,15 +121,16 @@ def on_ray(
     folder: str | Path, # one that all machines share
     address: str | None = None, # where Ray is; the environment or this machine if not said
     needed: list[Path] = (), # what else a machine has to see before it begins
+    device: str = "auto", # the kind of device that jobs compute on
 ) -> Iterator[tuple[int, object]]:
     "Each job's place in the list and what came of it, in the order in which they end; what fails ends all."
     with _connected(address) as ray, _mark(folder) as mark:
         if not (machines := _machines(ray)):
             raise SaenbError(
                 f"Ray at {_address(address)} has no processor to lend; start it with one or more.")
-        asked, threads = _shares(machines, processes)
-        options = (asked
-                   | dict(max_retries=RETRIES, runtime_env=dict(env_vars=dict(OMP_NUM_THREADS=str(threads)))))
+        asked, threads = _shares(machines, processes, device)
+        environment = {"OMP_NUM_THREADS": str(threads), VARIABLE: device}
+        options = asked | dict(max_retries=RETRIES, runtime_env=dict(env_vars=environment))
         places = {_ask(ray, make, job, [mark, *needed], **options): place for place, job in enumerate(jobs)}
         try:
             while places:

@@ -36,13 +36,13 @@ OPEN = (dict.fromkeys(("final_loss", "l0", "unexplained_variance"), (float, None
         | dict.fromkeys(("held_out", "held_out_retain", "selectivity", "reference_score", "dead"),
                         (share, None))
         | dict.fromkeys(("interval", "held_out_interval"), (interval, None)))
-INFO_SHAPE = optional_fields(dict(training_steps=COUNT) | OPEN)
+INFO_SHAPE = optional_fields(dict(training_steps=COUNT, device=str) | OPEN)
 CONTROL = {"score?": share, "interval?": interval, "selectivity?": share, "best_at?": {str: share},
            "headlines?": {str: {str: WITH_INTERVAL}}}
 # controls as their file names them, and as figures label them
 CONTROL_NAMES = {name: name for name in (
-    "as logged", "untrained", "principal components", "matched random features",
-    "single words", "pairs of words", "bag of 16 words", "contextual reference")} | {"ceiling": "supervised reference"}
+    "as logged", "untrained", "principal components", "matched random features", "single words",
+    "pairs of words", "bag of 16 words", "contextual reference")} | {"ceiling": "supervised reference"}
 CONTROLS_SHAPE = {f"{name}?": CONTROL for name in CONTROL_NAMES}
 
 # %% ../../nbs/5_laboratory/99_records.ipynb #a78bb623

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..base.devices import asked_device, devices_to_share
 from ..base.errors import SaenbError, lookup
 from ..base.files import read_json
 from ..base.locks import cached_json
@@ -28,7 +29,8 @@ from .preset_files import find_preset
 from .presets import Preset
 from .ray_engine import need_ray, on_ray
 from .records import CONTROLS_SHAPE, CONTROL_NAMES, Record, find_records
-from .runner import evaluate_sae, exam_of, has_dictionary, plan_record, run, shown_by, store_of
+from .runner import (evaluate_sae, exam_of, has_dictionary, placed, plan_record, run, shown_by,
+                              store_of)
 from ..report.explorer import explore, write_page
 from ..report.figures import draw_figures
 from ..report.logbook import write_logs
@@ -56,8 +58,8 @@ KEPT = ("held_out", "held_out_retain", "held_out_interval", "held_out_selectivit
 
 def _judged_controls(preset, names, seed, out, steps):
     "Some controls, judged."
-    exam, store, baseline = (exam_of(preset, out), store_of(preset, out),
-                             run(baseline_run(), preset, seed, out, steps).sae)
+    exam, store = exam_of(preset, out), store_of(preset, out)
+    baseline = run(baseline_run(), preset, seed, out, steps).sae.to(preset.where())
     x = store.rows(0, 2**15).x.float()
     makers = {"as logged": lambda: as_logged(baseline.cfg),
               "untrained": lambda: untrained(baseline.cfg, x, seed),
@@ -71,7 +73,8 @@ def _judged_controls(preset, names, seed, out, steps):
         found[name]["headlines"] = {k: evaluation(k).headline(result) for k, result in results.items()}
     found |= choices(exam, baseline, seed, preset.control_draws)
     for name in dictionaries.keys() & {"as logged", "untrained"}:
-        found[name]["reason"] = autopsy(exam.model, dictionaries[name], exam.setup, exam)["reason"]
+        judged = placed(dictionaries[name], preset.where())
+        found[name]["reason"] = autopsy(exam.model, judged, exam.setup, exam)["reason"]
     return {name: {k: v for k, v in found[name].items() if k in KEPT} for name in names}
 
 # %% ../../nbs/5_laboratory/105_reproduction.ipynb #59f41f97
@@ -139,12 +142,14 @@ def _engine(name, preset, jobs, out, address) -> Callable | None:
     if lookup(name, ENGINES, "engine") == "processes":
         if address:
             raise SaenbError("An address says where Ray is; add --engine ray, or leave the address out.")
-        jobs = jobs or min(preset.max_jobs, cores())
-        return partial(run_parallel, processes=jobs) if jobs > 1 else None
+        devices = devices_to_share(preset.device)
+        jobs = jobs or max(min(preset.max_jobs, cores()), len(devices))
+        return partial(run_parallel, processes=jobs, devices=devices) if jobs > 1 else None
     folder, shared = Path(out)/preset.name, Path(out)/preset.world
     need_ray(folder, address)
+    kind = asked_device(preset.device)[0].partition(":")[0] # Ray numbers what each task sees itself
     return partial(on_ray, processes=jobs or preset.max_jobs, folder=folder, address=address,
-                   needed=[shared/"store"/"store.json", shared/"cache"])
+                   needed=[shared/"store"/"store.json", shared/"cache"], device=kind)
 
 # %% ../../nbs/5_laboratory/105_reproduction.ipynb #e51bbba8
 def _make_all(work, preset, common, several, total):
@@ -181,7 +186,7 @@ def explored(preset: Preset, out: str | Path, folder: Path) -> list[Path]:
     for name, record in chosen.items():
         if record is None or not has_dictionary(record):
             continue # another run's page would go by a wrong name
-        path, sae = folder/f"{name}.html", record.sae
+        path, sae = folder/f"{name}.html", record.sae.to(preset.where())
         if not path.exists() or sae.fingerprint() not in path.read_text(encoding="utf-8"):
             write_page(explore(shown_by(preset, out), sae, record.result(), effects=32),
                        path, f"Features of {record.run}, {record.config['run']['title']}")

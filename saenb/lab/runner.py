@@ -366,7 +366,8 @@ def _notes(config, info, notes):
     "A record as a page of text; `notes` are pairs of result lines and a sentence."
     run, variant = config["run"], config["variant"]
     number = lambda v: "none" if v is None else f"{v:.4g}"
-    settings = dict(layer=info["layer"], dict_size=info["dict_size"], **config["training"])
+    own = {k: run[k] for k in ("architecture",) if k in run} # the logs' own is not named
+    settings = own | dict(layer=info["layer"], dict_size=info["dict_size"], **config["training"])
     trained = (f"- training steps {info['training_steps']:,}, final loss {number(info['final_loss'])}, "
                f"L0 {number(info['l0'])}, unexplained variance {number(info['unexplained_variance'])}")
     where = f"seed {config['seed']}, {config['preset']}{', ' + variant if variant else ''}"

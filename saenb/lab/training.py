@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..base.errors import SaenbError, check_range
 from ..base.files import need_memory, need_room
+from ..data.live import LiveStore
 from ..data.store import Store
 from ..ideas.run import Run, baseline_run, find_run
 from .stopping import stoppable
@@ -43,7 +44,7 @@ def training_memory(d_in: int, d_sae: int, batch: int) -> int:
 # %% ../../nbs/5_laboratory/102_training.ipynb #85b274ea
 def trainer(
     here: Ranks, # the processes that train together
-    store: str | Path, # a harvest's folder
+    store: str | Path | LiveStore, # a harvest's folder, or a stream that is read meanwhile
     out: str | Path, # where the log and the checkpoint go
     run: str | Run | None = None, # whose mechanisms take part; a baseline has none
     d_sae: int | None = None, # features; four times the stream's width by default
@@ -53,7 +54,7 @@ def trainer(
     **training, # fields of TrainConfig; without steps or tokens, every token of the store is read once
 ) -> Trainer:
     "A process's part of one training."
-    store, run = Store.open(store), find_run(run or baseline_run())
+    store, run = Store.open(store) if isinstance(store, (str, Path)) else store, find_run(run or baseline_run())
     if not training.keys() & {"steps", "tokens"}:
         training["tokens"] = len(store)
     kind = architecture or run.architecture
@@ -83,7 +84,7 @@ def trainer(
 
 # %% ../../nbs/5_laboratory/102_training.ipynb #1c9e2a35
 def train(
-    store: str | Path, # a harvest's folder
+    store: str | Path | LiveStore, # a harvest's folder, or a stream that is read meanwhile
     out: str | Path, # where the log, the checkpoint and, in `sae`, the dictionary go
     progress: bool = True, # show a bar
     **options # of `trainer`

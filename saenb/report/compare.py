@@ -86,9 +86,7 @@ def unlike(record: Record, base: Record) -> list[str]:
 # %% ../../nbs/5_laboratory/111_compare.ipynb #47140c50
 def baseline_of(record: Record) -> Record:
     "The baseline of the same experiment, architecture, preset and seed, if it can be compared with the record."
-    experiment, kind = record.run.split("/")[0], _architecture(record)
-    number = f"run_0@architecture={kind}" if kind else "run_0"
-    base = Record(record.path.parents[2]/experiment/number/f"seed_{record.seed}")
+    base = _nearest(record)
     if not base.finished:
         raise SaenbError(f"{record.path} has no baseline to be compared with; {_advice(record)}.")
     for name in unlike(record, base)[:1]:
@@ -116,6 +114,24 @@ def _advice(record) -> str:
     if out != Path("runs").absolute(): options.append(f"--out {out}")
     if kind := _architecture(record): options.append(f"--architecture {kind}")
     return f"make it with `saenb run {experiment}/0 {' '.join(options)}`"
+
+# %% ../../nbs/5_laboratory/111_compare.ipynb #32cbc7d3
+def _nearest(record) -> Record:
+    "Of an architecture's baselines, which may differ in their penalty, the one with the most similar L0."
+    experiment, kind = record.run.split("/")[0], _architecture(record)
+    number = f"run_0@architecture={kind}" if kind else "run_0"
+    named = Record(record.path.parents[2]/experiment/number/f"seed_{record.seed}")
+    own = None if not kind or record.run == f"{experiment}/0" else _l0(record)
+    if not own: return named
+    others = [Record(p/f"seed_{record.seed}") for p in record.path.parents[2].glob(f"{experiment}/run_0@*")
+              if p.name.startswith(f"{number},sparsity_penalty=")]
+    fit = [b for b in (named, *sorted(others, key=str)) if b.finished and _l0(b) and not unlike(record, b)]
+    return min(fit, key=lambda b: abs(_l0(b) - own), default=named)
+
+def _l0(record) -> float | None:
+    "The active features a token of a record, over all its seeds, or each would have another baseline."
+    found = [r.info.get("l0") for r in map(Record, record.path.parent.glob("seed_*")) if r.finished]
+    return sum(found) / len(found) if found and None not in found else None
 
 # %% ../../nbs/5_laboratory/111_compare.ipynb #c5f74f7f
 def _preset_option(name) -> str:
@@ -353,7 +369,7 @@ def plot(rows: list[dict]) -> Figure:
             ax.plot(r["difference"], y, "o", ms=6, color=color, mfc=_told(r, color, pale, "white") or "white")
         ax.axvline(float(measure == "step seconds"), color="0.6", lw=0.8)
         ax.set_title("step cost, times" if measure == "step seconds" else fill(measure, 15))
-        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.xaxis.set_major_locator(MaxNLocator(2)) # small numbers are long
         ax.set_yticks(range(len(runs)), [fill(name, 22) for name in runs.values()])
         ax.set_ylim(len(runs) - 0.4, -0.6)
     fig.supxlabel("difference from the baseline of the same seed")

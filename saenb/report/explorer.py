@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..base.errors import SaenbError, shorten
 from ..base.files import write_text
+from ..data.shared_prefixes import sent
 from ..evals.evaluation import Corpora, CorpusSetup, Readings, check_dictionary, encoded
 from ..evals.exam import Exam, choose_features, feature_stats
 from ..evals.interventions.intervention import INTERVENTIONS, InterventionBatch
@@ -38,22 +39,26 @@ def walk(readings: Readings, setup, sae: SAE):
     for number, side in enumerate(("forget", "retain")):
         first = 0
         for tokens, stream, keep in readings.corpus(setup, side):
-            yield number, first, tokens, keep.cpu(), encoded(sae, stream).cpu() * keep.cpu()[..., None]
+            yield number, first, tokens, keep, encoded(sae, stream) * sent(keep, sae.device)[..., None]
             first += len(tokens)
+
+def _places(side, first, position):
+    "Side, row and position [3, rows, features] of a position a row and feature."
+    rows = torch.arange(first, first + len(position), device=position.device)
+    return torch.stack([torch.full_like(position, side), rows[:, None].expand_as(position), position])
 
 @torch.no_grad()
 def peaks(readings: Readings, setup, sae: SAE, count: int) -> dict[str, torch.Tensor]:
     "Each feature's highest places, one a row: value, side, row and position [count, d_sae]."
-    best = torch.zeros(count, sae.cfg.d_sae)
-    where = torch.full((3, count, sae.cfg.d_sae), -1)
+    best = torch.zeros(count, sae.cfg.d_sae, device=sae.device)
+    where = torch.full((3, count, sae.cfg.d_sae), -1, device=sae.device)
     for side, first, _, _, f in walk(readings, setup, sae):
         value, position = f.max(1) # one place a row
-        here = torch.stack([torch.full_like(position, side),
-                            torch.arange(first, first + len(f))[:, None].expand_as(position), position])
+        here = _places(side, first, position)
         best, order = torch.cat([best, value]).topk(count, dim=0)
         where = torch.cat([where, here], 1).gather(1, order.expand(3, -1, -1))
-    side, row, position = where.masked_fill(best == 0, -1)
-    return dict(value=best, side=side, row=row, position=position)
+    side, row, position = where.masked_fill(best == 0, -1).cpu()
+    return dict(value=best.cpu(), side=side, row=row, position=position)
 
 # %% ../../nbs/5_laboratory/117_explorer.ipynb #b03094ac
 QUANTILES = (0.9, 0.65, 0.4, 0.15) # of the places where a feature is active
@@ -62,19 +67,20 @@ POOL = 32 # places drawn at random, of which those at the quantiles are shown
 @torch.no_grad()
 def spread(readings: Readings, setup, sae: SAE, seed: int = 0) -> dict[str, torch.Tensor]:
     "Places of each feature at quantiles of its activations, as `peaks` gives them; value 0 is no place."
-    draw, features = torch.Generator().manual_seed(seed), sae.cfg.d_sae
-    keys, value = torch.zeros(POOL, features), torch.zeros(POOL, features)
-    where = torch.full((3, POOL, features), -1)
+    draw, features, device = torch.Generator().manual_seed(seed), sae.cfg.d_sae, sae.device
+    keys, value = torch.zeros(2, POOL, features, device=device)
+    where = torch.full((3, POOL, features), -1, device=device)
     for side, first, _, _, f in walk(readings, setup, sae):
-        key, position = ((f > 0) * torch.rand(f.shape, generator=draw)).max(1) # any active place of a row
-        here = torch.stack([torch.full_like(position, side),
-                            torch.arange(first, first + len(f))[:, None].expand_as(position), position])
+        luck = sent(torch.rand(f.shape, generator=draw), device)
+        key, position = ((f > 0) * luck).max(1) # any active place of a row
+        here = _places(side, first, position)
         found = f.gather(1, position[:, None])[:, 0] * (key > 0)
         keys, order = torch.cat([keys, key]).topk(POOL, dim=0)
         value = torch.cat([value, found]).gather(0, order)
         where = torch.cat([where, here], 1).gather(1, order.expand(3, -1, -1))
     value, order = value.sort(0, descending=True)
-    where, count = where.gather(1, order.expand(3, -1, -1)), (value > 0).sum(0)
+    where, value = where.gather(1, order.expand(3, -1, -1)).cpu(), value.cpu()
+    count = (value > 0).sum(0)
     place = torch.stack([((1 - q) * (count - 1).clamp_min(0)).round().long() for q in QUANTILES])
     value, where = value.gather(0, place), where.gather(1, place.expand(3, -1, -1))
     again = torch.cat([torch.zeros(1, features, dtype=torch.bool), place[1:] == place[:-1]]) # too few places
@@ -87,11 +93,11 @@ def spread(readings: Readings, setup, sae: SAE, seed: int = 0) -> dict[str, torc
 def surroundings(readings: Readings, setup, sae: SAE, found: dict) -> dict[str, torch.Tensor]:
     "Tokens and activations around places, a histogram of activations, and the tokens of either side."
     count, features = found["value"].shape
-    offsets = torch.arange(-BEFORE, AFTER + 1)
+    offsets, device = torch.arange(-BEFORE, AFTER + 1), sae.device
     shape = (features, count, len(offsets))
-    tokens_around, active_around = torch.full(shape, -1), torch.zeros(shape)
-    largest, sizes = found["value"][0].clamp_min(1e-30), torch.zeros(2, dtype=torch.long)
-    histogram = torch.zeros(features * 2 * BINS, dtype=torch.long)
+    tokens_around, active_around = torch.full(shape, -1), torch.zeros(shape, device=device)
+    largest, sizes = found["value"][0].clamp_min(1e-30).to(device), torch.zeros(2, dtype=torch.long)
+    histogram = torch.zeros(features * 2 * BINS, dtype=torch.long, device=device)
     for side, first, tokens, keep, f in walk(readings, setup, sae):
         sizes[side] += keep.sum()
         on = f.flatten(0, 1).nonzero(as_tuple=True)
@@ -103,10 +109,11 @@ def surroundings(readings: Readings, setup, sae: SAE, found: dict) -> dict[str, 
         inside = (at >= 0) & (at < f.shape[1])
         at = at.clamp(0, f.shape[1] - 1)
         inside &= keep[row[:, None], at]
-        tokens_around[feature, place] = tokens.cpu()[row[:, None], at].masked_fill(~inside, -1)
+        tokens_around[feature, place] = tokens[row[:, None], at].masked_fill(~inside, -1)
+        row, at, feature, place, inside = (sent(t, device) for t in (row, at, feature, place, inside))
         active_around[feature, place] = f[row[:, None], at, feature[:, None]] * inside
-    return dict(tokens=tokens_around, active=active_around, histogram=histogram.view(features, 2, BINS),
-                sizes=sizes)
+    return dict(tokens=tokens_around, active=active_around.cpu(),
+                histogram=histogram.cpu().view(features, 2, BINS), sizes=sizes)
 
 # %% ../../nbs/5_laboratory/117_explorer.ipynb #c9edb2ac
 def lost_alone(exam: Exam, sae: SAE, features: list[int], values: torch.Tensor,
@@ -213,11 +220,11 @@ def _names(names) -> dict:
 # %% ../../nbs/5_laboratory/117_explorer.ipynb #207c2fe7
 def _nearest(sae) -> dict:
     "The features with the nearest decoder rows, and their cosines."
-    rows = normalize(sae.W_dec.detach().cpu().float(), dim=1)
+    rows = normalize(sae.W_dec.detach().float(), dim=1)
     near = [((rows[part] @ rows.T).scatter_(1, part[:, None], -2)).topk(min(NEAREST, len(rows) - 1), dim=1)
-            for part in torch.arange(len(rows)).split(2048)]
-    return dict(nearest=packed(torch.cat([n.indices for n in near]), "uint32"),
-                cosines=packed(torch.cat([n.values for n in near]), "float32"))
+            for part in torch.arange(len(rows), device=rows.device).split(2048)]
+    return dict(nearest=packed(torch.cat([n.indices for n in near]).cpu(), "uint32"),
+                cosines=packed(torch.cat([n.values for n in near]).cpu(), "float32"))
 
 def _texts(exam, found, around, contexts, effects) -> tuple[list[str], list[str], dict]:
     "All different tokens, the features' labels, and what the page shows of texts and of words."

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..base.errors import SaenbError
-from ..data.harvest import is_text, stream_at
+from ..data.harvest import is_text
 from ..evals.evaluation import Readings, check_dictionary, encoded
 from .explorer import page, unpacked
 from .feature_words import spelt
@@ -31,9 +31,8 @@ def try_text(readings: Readings, sae: SAE, text: str, largest: torch.Tensor,
     tokenizer = readings.model.tokenizer
     tokens = torch.tensor([tokenizer(text)["input_ids"][:TOKENS]], dtype=torch.long)
     if not tokens.numel(): return dict(tokens=[], strongest=[], values={})
-    stream = stream_at(readings.model, tokens.to(readings.model.cfg.device), readings.layer)
     keep = is_text(tokens, tokenizer)[0]
-    f = encoded(sae, stream)[0].cpu()[keep]
+    f = encoded(sae, readings.stream(tokens))[0].cpu()[keep]
     if not len(f): return dict(tokens=[], strongest=[], values={})
     share = f.amax(0) / largest.clip(min=1e-9)
     share[largest <= 0] = 0
@@ -64,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._from_here(): return
         if self.path in ("/", "/index.html"):
             return self._send(200, self.server.page, "text/html; charset=utf-8")
+        if self.path == "/favicon.ico": # browsers ask for it
+            return self._send(204, b"", "image/x-icon")
         self._error(404, "There is nothing at this address; the page is at /.")
 
     def do_POST(self):

@@ -47,16 +47,17 @@ def logit_effects(
     marks = [*model.tokenizer.all_special_ids, *model.tokenizer.get_added_vocab().values()]
     zero = head(norm(torch.zeros(1, 1, sae.cfg.d_in, dtype=weight.dtype, device=weight.device)))[0]
     marks = [m for m in dict.fromkeys(marks) if m < zero.shape[-1]]
-    words = torch.ones(zero.shape[-1], dtype=torch.bool, device=weight.device)
+    words = torch.ones(zero.shape[-1], dtype=torch.bool)
     words[marks] = False
-    count, parts = min(count, int(words.sum())), []
+    known, parts = words.nonzero().squeeze(1), []
+    count, known, words = min(count, len(known)), known.to(weight.device), words.to(weight.device)
     for rows in sae.W_dec.detach().split(together):
         # as long as norms make it
         rows = rows * sae.cfg.d_in**0.5 / rows.norm(dim=1, keepdim=True).clip(min=1e-12)
         effect = (head(norm(rows[None].to(weight)))[0] - zero).float()
-        effect -= effect[:, words].mean(1, keepdim=True)
+        effect -= effect[:, known].mean(1, keepdim=True)
         most = effect.masked_fill(~words, -torch.inf).topk(count, dim=1)
         least = effect.masked_fill(~words, torch.inf).topk(count, dim=1, largest=False)
-        parts.append([t.cpu() for t in (most.indices, most.values, least.indices, least.values)])
+        parts.append((most.indices, most.values, least.indices, least.values))
     names = ("promoted", "promoted_by", "suppressed", "suppressed_by")
-    return {name: torch.cat(p) for name, p in zip(names, zip(*parts))}
+    return {name: torch.cat(p).cpu() for name, p in zip(names, zip(*parts))}

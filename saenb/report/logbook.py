@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.errors import escape_markup
 from ..base.files import write_text
-from ..ideas.run import experiments, find_run
+from ..ideas.run import Run, experiments, find_run
 from ..lab.records import Record, over_seeds
 from .compare import between
 from .figures import Material
@@ -120,8 +120,17 @@ def _beside(records, base) -> Iterator[str]:
     yield f"What else differs from it: {others}."
 
 # %% ../../nbs/5_laboratory/115_logbook.ipynb #86cb1e28
+def _method(run: Run) -> list[str]:
+    "The equation of a run, and where it comes from."
+    known = experiments().get(run.experiment)
+    log = f'the log "{known.log}", ' if known and known.log else ""
+    source = f"**Method**, from {log}{run.source}" if run.source else "**Method**"
+    parts = run.equation.split(r", \qquad ") # below each other, since a phone has little room
+    lines = r"\begin{aligned} &" + r" \\ &".join(parts) + r" \end{aligned}"
+    return [f"{source}:", "", f"$$ {lines} $$", ""] if run.equation else []
+
 def run_section(material: Material, number: str) -> str:
-    "One run: description, configuration, result, analysis."
+    "One run: description, method, configuration, result, analysis."
     records = material.of(number)
     definition, seeds = find_run(records[0].run), [r.seed for r in records]
 
@@ -135,6 +144,7 @@ def run_section(material: Material, number: str) -> str:
     builds = f" It builds on run {definition.builds_on.split('/')[1]}." if definition.builds_on else ""
     return "\n".join([
         f"### Run {number}: {definition.title}", "", f"**Description.** {definition.idea}{builds}", "",
+        *_method(definition),
         "**Configuration.**", "", *_configuration(records[0]), "",
         "**Result.**", "", *_result(records), "",
         "**Analysis.** " + " ".join(_analysis(records, base, earlier))])

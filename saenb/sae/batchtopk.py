@@ -13,7 +13,7 @@ from .topk import TopKArchitecture
 # %% ../../nbs/2_dictionary/28_batchtopk.ipynb #2a0d104c
 def weakest(f: torch.Tensor, count: int) -> torch.Tensor:
     "The smallest of the `count` largest activations, or zero where fewer are above zero."
-    if f.is_cuda: # without waiting for the device
+    if f.device.type != "cpu": # without waiting for it
         return f.flatten().topk(count, sorted=False).values.min()
     above = f[f > 0]
     return above.kthvalue(len(above) - count + 1).values if count <= len(above) else f.new_zeros(())

@@ -7,6 +7,7 @@ __all__ = ['auxiliary_loss', 'TopKArchitecture']
 
 # %% ../../nbs/2_dictionary/27_topk.ipynb #660008bb
 import torch
+from fastcore.basics import patch
 
 from ..base.errors import check_range
 from .architectures import ReLU
@@ -15,17 +16,17 @@ from .listed_step import Listing
 # %% ../../nbs/2_dictionary/27_topk.ipynb #e26e5e71
 def auxiliary_loss(
     step, # the step under way
-    dead: torch.Tensor, # which features are dead
-    f: torch.Tensor, # their activations before any is selected [n, dead]
+    asked: torch.Tensor | slice, # which features: the dead ones
+    f: torch.Tensor, # their activations before any is selected [n, asked]
     weight: float, # of the loss
 ) -> torch.Tensor:
     "How badly the strongest dead features of each token explain what the reconstruction leaves."
     sae = step.sae
-    if not len(dead): return step.reconstruction.new_zeros(())
-    top = f.topk(min(sae.cfg.d_in // 2, len(dead)), dim=1, sorted=False)
+    if not f.shape[1]: return step.reconstruction.new_zeros(())
+    top = f.topk(min(sae.cfg.d_in // 2, f.shape[1]), dim=1, sorted=False)
     strongest = torch.zeros_like(f).scatter(1, top.indices, top.values)
     with step.trainer.products(sae.cfg.d_in, sae.cfg.d_sae):
-        explained = (strongest @ sae.W_dec[dead]).float()
+        explained = (strongest @ sae.W_dec[asked]).float()
     missing = (step.x - step.reconstruction).detach()
     return weight * (missing - explained).pow(2).sum() / len(missing) / sae.cfg.scale**2
 
@@ -62,10 +63,23 @@ class TopKArchitecture(Listing, ReLU):
     def losses(self, step):
         "AuxK."
         if not self.aux: return {}
+        if step.sae.device.type != "cpu":
+            return dict(auxk=self.auxiliary_on_device(step))
         dead, f = self.asked(step.trainer), self.gated
         if torch.is_tensor(step.activations): f = f.index_select(1, dead)
         return dict(auxk=auxiliary_loss(step, dead, f, self.aux))
 
-    def support(self, trainer, f, gated):
-        "Dead features have gradients of AuxK."
-        return torch.where(trainer.dead, gated, f) if self.aux and trainer.dead.any() else f
+# %% ../../nbs/2_dictionary/27_topk.ipynb #d2270002
+@patch
+def support(self: TopKArchitecture, trainer, f, gated):
+    "Dead features have gradients of AuxK."
+    return torch.where(trainer.dead, gated, f) if self.aux and trainer.dead.any() else f
+
+@patch
+def auxiliary_on_device(self: TopKArchitecture, step) -> torch.Tensor:
+    "AuxK on a device that is not asked which features are dead."
+    if step.index < step.trainer.none_dead_before:
+        return step.reconstruction.new_zeros(())
+    at_work = torch.arange(self.gated.shape[1], device=self.gated.device) < step.sae.n_active
+    dead = step.trainer.dead & at_work
+    return auxiliary_loss(step, slice(None), torch.where(dead, self.gated, 0), self.aux) * dead.any()

@@ -100,9 +100,10 @@ def _restore(self: Checkpoints, tensors, about):
     self.mechanisms.load_state_dict(part("mechanisms."))
     for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"]):
         # laid out as the parameter is, which fused steps take for granted
-        self.optimizer.state[p] = {k: v if k == "step" else torch.empty_like(p).copy_(v)
+        self.optimizer.state[p] = {k: v.to(p.device) if k == "step" else torch.empty_like(p).copy_(v)
                                    for k, v in part(f"adam.{i}.").items()}
     self.since_fired.copy_(tensors["since_fired"])
+    self.none_dead_before = about["step"] + self.dead_after - tensors["since_fired"].max().item()
     self.generator.set_state(tensors["draws"])
     self.index = self._saved = about["step"]
     self.seconds, self.history = about["seconds"], about["log"]

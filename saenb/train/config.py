@@ -72,10 +72,13 @@ def remove_parallel_gradient(sae: SAE):
     sae.W_dec.grad.addcmul_(along, sae.W_dec, value=-1)
 
 # %% ../../nbs/2_dictionary/22_training_loop.ipynb #11b90d4d
-def fast_precision(d_in: int, d_sae: int) -> str:
-    "bfloat16 where the processor multiplies it natively and the products are large enough to pay for the casts."
-    if d_in * d_sae < 2**20: return "float32"
-    if torch.cuda.is_available():
+def fast_precision(
+    d_in: int, d_sae: int, # factors of the products
+    device: str = "cpu", # the kind of device that computes them
+) -> str:
+    "bfloat16 where the device multiplies it natively and the products are large enough to pay for the casts."
+    if d_in * d_sae < 2**20 or device == "mps": return "float32"
+    if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if native else "float32"

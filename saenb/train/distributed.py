@@ -9,7 +9,6 @@ __all__ = ['PIECE', 'DIVIDED', 'DTYPES', 'Ranks', 'ranks', 'end_together', 'own'
 
 # %% ../../nbs/appendix/137_distributed.ipynb #1d9ddf93
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..base.devices import find_device
 from ..base.errors import SaenbError
 from ..base.files import fingerprint, need_room, read_tensors, atomic_write, write_json
 from ..base.locks import processes
@@ -50,9 +50,10 @@ def _meeting():
 @contextmanager
 def ranks() -> Iterator[Ranks]:
     "Join the processes that torchrun started, or be alone."
-    device = (torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-              if torch.cuda.is_available() else torch.device("cpu"))
+    device = find_device()
     if device.type == "cuda": torch.cuda.set_device(device)
+    if device.type == "mps" and processes() > 1:
+        device = torch.device("cpu") # processes cannot exchange what lies there
     if processes() == 1:
         yield Ranks(0, 1, device)
         return

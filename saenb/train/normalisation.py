@@ -31,6 +31,8 @@ class NormalisedStore:
     def __len__(self): return len(self.store)
 
     def _divided(self, batch: Batch) -> Batch:
+        if self.deviation.device != batch.x.device: # a model's own stream may be on another
+            self.deviation = self.deviation.to(batch.x.device)
         return Batch(**vars(batch) | dict(x=batch.x.float() / self.deviation))
 
     def rows(self, *args, **options) -> Batch:

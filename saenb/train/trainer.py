@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,9 +19,10 @@ from fastcore.basics import patch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..base.devices import is_memory_error
 from ..base.errors import SaenbError, lookup
 from ..base.files import add_line, hold_memory
-from ..data.store import Batch, Store
+from ..data.store import Batch, Store, ahead
 from ..sae.sae import SAE
 from .checkpoint import LOG, Checkpoints
 from .config import TrainConfig, fast_precision, reconstruction_loss, remove_parallel_gradient
@@ -55,6 +57,7 @@ class Trainer(Checkpoints):
         if self.steps: store.check_batch(cfg.batch, cfg.balanced)
         self.generator = torch.Generator().manual_seed(cfg.seed)
         self.since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=sae.device)
+        self.none_dead_before = self.dead_after # a step before which no feature can be dead
         self.optimizer = self._optimizer()
         self._terms, self._pending, self._order = None, [], None
 
@@ -100,7 +103,8 @@ def sparsity_weight(self: Trainer, index: int) -> float:
 @patch
 def precision(self: Trainer, inner: int, outer: int) -> str:
     "The precision that suits a factor of this size."
-    return fast_precision(inner, outer) if self.cfg.precision == "auto" else self.cfg.precision
+    return (fast_precision(inner, outer, self.sae.device.type) if self.cfg.precision == "auto"
+            else self.cfg.precision)
 
 @patch
 def products(self: Trainer, inner: int, outer: int):
@@ -160,7 +164,8 @@ def _note(self: Trainer, step, loss):
 def flush(self: Trainer):
     "Bring the remembered numbers over, check that they are finite, and log the latest."
     if not self._pending: return
-    numbers, dead = (t.cpu() for t in self._seen())
+    numbers, dead, silent = (t.cpu() for t in (*self._seen(), self.since_fired.max()))
+    self.none_dead_before = self.index + self.dead_after - silent.item()
     first = self.index - len(numbers)
     self._pending = []
     if not numbers.isfinite().all(): self._stop_for(numbers, first)
@@ -273,7 +278,13 @@ def _count_time(self: Trainer):
 @patch
 def take(self: Trainer, batch: Batch):
     "One step, and the log and the checkpoint where they are due."
-    self.one_step(batch)
+    try: self.one_step(batch)
+    except RuntimeError as e:
+        if not is_memory_error(e): raise
+        raise SaenbError(
+            f"The memory of {self.sae.device} does not hold a step with {len(batch):,} tokens and "
+            f"{self.sae.cfg.d_sae:,} features; train with a smaller --batch or --d-sae, in "
+            "another folder, or on another --device.") from None
     last = self.index == self.steps
     if self.index % self.cfg.log_every == 0 or last: self.flush()
     if self.out and (self.index % self.cfg.checkpoint_every == 0 or last):
@@ -291,20 +302,25 @@ def end(self: Trainer) -> SAE:
 @patch
 def ready(self: Trainer, batch: Batch) -> Batch:
     "A batch as steps take it."
-    return Batch(**vars(batch) | dict(x=batch.x.float())).to(self.sae.device)
+    there = batch.to(self.sae.device)
+    return Batch(**vars(there) | dict(x=there.x.float()))
+
+@patch
+def reading(self: Trainer, start: int):
+    "The batches from a step on to the last; on a device, the next is on its way while one is in use."
+    batches = self.store.batches(self.cfg.batch, self.cfg.seed, start, self.cfg.balanced)
+    batches = map(self.ready, islice(batches, self.steps - start))
+    return batches if self.sae.device.type == "cpu" else ahead(batches)
 
 @patch
 def fit(self: Trainer, progress: bool = True) -> SAE:
     "Train to the end, from the checkpoint if there is one."
     self.begin()
-    batches = (self.store.batches(self.cfg.batch, self.cfg.seed, self.index, self.cfg.balanced)
-               if self.index < self.steps else ())
     with tqdm(total=self.steps, initial=self.index, desc="train", unit="step", disable=not progress) as bar:
-        for batch in batches:
+        for batch in self.reading(self.index):
             logged = len(self.history)
-            self.take(self.ready(batch))
+            self.take(batch)
             bar.update()
             if len(self.history) > logged:
                 bar.set_postfix(loss=f"{self.history[-1]['loss']:.4f}", l0=f"{self.history[-1]['l0']:.1f}")
-            if self.index >= self.steps: break
     return self.end()

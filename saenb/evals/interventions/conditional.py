@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..evaluation import encoded
+from ..evaluation import at_text, encoded, exact
 from ..exam import Exam, FeatureStats
 from .intervention import Intervention, MoreStats, with_more
 
@@ -32,13 +32,13 @@ class ZeroAblation(Intervention):
 # %% ../../../nbs/4_evaluation/66_conditional.ipynb #98a845ed
 def retained_means(exam: Exam, sae) -> np.ndarray:
     "Each feature's mean activation on the retain corpus."
-    total, tokens = torch.zeros(sae.cfg.d_sae, dtype=torch.double), 0
+    total, tokens = torch.zeros(sae.cfg.d_sae, dtype=exact(sae.device), device=sae.device), 0
     with torch.no_grad():
         for stream, keep in exam.corpus("retain"):
-            f = encoded(sae, stream).cpu()[keep]
+            f = at_text(encoded(sae, stream), keep)
             total += f.sum(0)
             tokens += len(f)
-    return (total / tokens).numpy()
+    return (total.cpu().double() / tokens).numpy()
 
 class MeanAblation(ZeroAblation):
     "A chosen feature is set to its mean on retained text, active or not."
@@ -69,20 +69,21 @@ def retained_bars(exam: Exam, sae, levels=LEVELS, room: int = 2**24) -> torch.Te
     "Percentiles of each feature's activations on retained tokens [levels, features]; 0 for percentile 0."
     tokens = sum(int(keep.sum()) for _, keep in exam.corpus("retain"))
     step = -(-tokens * sae.cfg.d_sae // room) # evenly spaced tokens where all do not fit
-    kept = torch.cat([encoded(sae, stream).cpu()[keep][::step] for stream, keep in exam.corpus("retain")])
-    kept = kept.T.contiguous()
+    kept = torch.cat([at_text(encoded(sae, stream), keep)[::step] for stream, keep in exam.corpus("retain")])
+    kept = kept.cpu().T.contiguous()
     ranks = [int(np.ceil(level / 100 * kept.shape[1])) for level in levels]
     return torch.stack([kept.kthvalue(rank).values if rank else torch.zeros(len(kept)) for rank in ranks])
 
 @torch.no_grad()
 def shares_above(exam: Exam, sae, bars: torch.Tensor, side: str) -> np.ndarray:
     "On which share of a corpus' tokens each feature is above each bar [levels, features]."
-    count, tokens = torch.zeros(bars.shape), 0
+    bars = bars.to(sae.device)
+    count, tokens = torch.zeros_like(bars), 0
     for stream, keep in exam.corpus(side):
-        f = encoded(sae, stream).cpu()[keep]
+        f = at_text(encoded(sae, stream), keep)
         count += torch.stack([(f > bar).float().sum(0) for bar in bars])
         tokens += len(f)
-    return (count / tokens).numpy()
+    return (count.cpu() / tokens).numpy()
 
 # %% ../../../nbs/4_evaluation/66_conditional.ipynb #066ed913
 class ConditionalClamp(Intervention):

@@ -97,6 +97,7 @@ class CRISP(Trained, Intervention):
 def train(self: CRISP, exam, sae, features, margin, rate):
     "Edited weights by stops."
     count, last, matrices = ROWS * max(STOPS), exam.depth - 1, tuned_matrices(exam)
+    features = torch.tensor(features, dtype=torch.long, device=sae.device)
     forgotten = drawn_rows(exam, "forget", count, exam.setup.random_seed)
     retained = drawn_rows(exam, "retain", 2 * count, exam.setup.random_seed)
     def loss(weights, step):

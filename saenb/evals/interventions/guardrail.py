@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..evaluation import encoded
+from ...data.shared_prefixes import sent
+from ..evaluation import at_text, encoded, exact
 from ..exam import Exam, feature_stats
 from .intervention import (
     Intervention, InterventionBatch, activations, by_sequence, places_of, with_more)
@@ -22,10 +23,11 @@ def fired_share(fired: torch.Tensor, places: torch.Tensor, window: int = 0) -> t
     "The share of each text's tokens that fired [texts]; with a window, the largest share in any such window."
     text = places >= 0
     length = text.sum(1)
-    if not window: return (fired & text).sum(1).double() / length.clamp_min(1)
+    kind = exact(fired.device)
+    if not window: return (fired & text).sum(1).to(kind) / length.clamp_min(1)
     so_far = torch.nn.functional.pad((fired & text).cumsum(1), (window, 0))
     count = so_far[:, window:] - so_far[:, :-window]
-    return count.amax(1).double() / length.clamp(1, window)
+    return count.amax(1).to(kind) / length.clamp(1, window)
 
 # %% ../../../nbs/4_evaluation/68_guardrail.ipynb #a5c64832
 CUTS, QUIET, COUNTS = (75, 90, 95), (90, 95, 99), (10, 20, 30) # percentiles of ratio and of shares, features
@@ -33,12 +35,12 @@ CUTS, QUIET, COUNTS = (75, 90, 95), (90, 95, 99), (10, 20, 30) # percentiles of 
 @torch.no_grad()
 def mean_squares(exam: Exam, sae, side: str) -> np.ndarray:
     "Each feature's mean squared activation on a corpus."
-    total, tokens = torch.zeros(sae.cfg.d_sae, dtype=torch.double), 0
+    total, tokens = torch.zeros(sae.cfg.d_sae, dtype=exact(sae.device), device=sae.device), 0
     for stream, keep in exam.corpus(side):
-        f = encoded(sae, stream).cpu()[keep]
+        f = at_text(encoded(sae, stream), keep)
         total += f.pow(2).sum(0)
         tokens += len(f)
-    return (total / tokens).numpy()
+    return (total.cpu().double() / tokens).numpy()
 
 def by_squares(forget: np.ndarray, retain: np.ndarray, cut: float) -> np.ndarray:
     "Features above a percentile of the ratio of squares, those with most on the forget side first."
@@ -50,12 +52,13 @@ def by_squares(forget: np.ndarray, retain: np.ndarray, cut: float) -> np.ndarray
 def retained_shares(exam: Exam, sae, sets: list[np.ndarray], window: int) -> list[np.ndarray]:
     "For each set of features the shares of tokens that fired, one for each row of retained text."
     found = [[] for _ in sets]
+    there = [torch.as_tensor(features, dtype=torch.long).to(sae.device) for features in sets]
     for stream, keep in exam.corpus("retain"):
-        places = places_of(stream)
+        places = places_of(stream).to(sae.device)
         on = activations(sae, stream, places) > 0
-        for shares, features in zip(found, sets):
-            shares.append(fired_share(on[..., features].any(-1), places, window).cpu())
-    return [torch.cat(shares).numpy() for shares in found]
+        for shares, features in zip(found, there):
+            shares.append(fired_share(on[..., features].any(-1), places, window))
+    return [torch.cat(shares).cpu().numpy() for shares in found]
 
 # %% ../../../nbs/4_evaluation/68_guardrail.ipynb #ca02baf2
 class Guardrail(Intervention):
@@ -120,7 +123,7 @@ def apply(self: Guardrail, sae, stream, features, values, places=None, opened=No
         opened = self.opens(sae, stream, features, places, **rule)
     f, fired = any_fired(sae, stream, features, places)
     error, there = stream - sae.decode(f), (fired & opened[:, None])[..., None]
-    changed = self.change(f[..., chosen], torch.as_tensor(values, dtype=f.dtype))
+    changed = self.change(f[..., chosen], torch.as_tensor(values, dtype=f.dtype, device=f.device))
     f[..., chosen] = torch.where(there, changed, f[..., chosen])
     return error + sae.decode(f)
 
@@ -129,7 +132,9 @@ class GuardrailBatch(InterventionBatch):
     "Guardrails on one dictionary, judged together."
     def __init__(self, exam, sae, settings, intervention):
         super().__init__(exam, sae, settings, intervention)
-        self.fired = self.chosen.float() @ self.on.T.float() > 0 # [settings, tokens]
+        # [settings, tokens], for streams and for what is decided about them
+        self.fired_there = self.asked_for[0].float() @ self.fires.T.float() > 0
+        self.fired = self.fired_there.cpu()
         what = torch.where(self.chosen, self.values, torch.inf)
         self.keys = torch.unique(what, dim=0, return_inverse=True)[1] # the same features and values
         prompts = [len(getattr(exam.asked[i], "prompt", exam.tokens[s])) for s, i in enumerate(exam.owner)]
@@ -165,10 +170,11 @@ def first_equal(self: GuardrailBatch, sequence: int, settings: torch.Tensor) -> 
 def stream(self: GuardrailBatch, sequences: torch.Tensor, settings: torch.Tensor,
            places: torch.Tensor) -> torch.Tensor:
     "The changed stream of single tokens: a sequence, a setting and a place each."
-    at = self.exam.starts[sequences] + places
-    f = self.active[at]
-    there = self.chosen[settings] & self.fired[settings, at][:, None]
-    push = torch.where(there, self.intervention.change(f, self.values[settings]) - f, torch.zeros(()))
+    at, settings = (sent(numbers, self.exam.device)
+                    for numbers in (self.exam.starts[sequences] + places, settings))
+    f, (chosen, values) = self.active[at], self.asked_for
+    there = chosen[settings] & self.fired_there[settings, at][:, None]
+    push = torch.where(there, self.intervention.change(f, values[settings]) - f, torch.zeros(()))
     return self.exam.stream[at] + push @ self.rows
 
 @patch
@@ -187,7 +193,8 @@ def logistic_gate(exam: Exam, limit: int = 20_000, seed: int = 0):
     from sklearn.linear_model import LogisticRegression
     draw, x = torch.Generator().manual_seed(seed), []
     for side in ("forget", "retain"):
-        rows = torch.cat([stream[keep].float().cpu() for stream, keep in exam.corpus(side)])
+        # a corpus' whole stream would not fit on every device, and the regression is the processor's
+        rows = torch.cat([at_text(stream, keep).float().cpu() for stream, keep in exam.corpus(side)])
         x.append(rows[torch.randperm(len(rows), generator=draw)[:limit]])
     side = np.repeat([1, 0], [len(rows) for rows in x])
     fit = LogisticRegression(max_iter=1000).fit(torch.cat(x).numpy(), side)

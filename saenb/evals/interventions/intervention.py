@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ...base.declarations import Classes
 from ...base.errors import SaenbError
 from ...data.questions import padded
+from ...data.shared_prefixes import sent
 from ..evaluation import encoded
 from ..exam import Exam, FeatureStats, Grid, choose_features
 
@@ -114,8 +115,7 @@ def activations(sae, stream: torch.Tensor, places: torch.Tensor) -> torch.Tensor
     "Activations at every place but the first, where they are 0, as at padding."
     places = places.to(sae.device)
     f = sae.encode(stream.to(sae.device).float(), places.clamp_min(0))
-    f[places < 1] = 0
-    return f
+    return f.masked_fill_((places < 1)[..., None], 0)
 
 @torch.no_grad()
 def changed_stream(change, sae, stream: torch.Tensor, features, values, places=None,
@@ -125,8 +125,8 @@ def changed_stream(change, sae, stream: torch.Tensor, features, values, places=N
     f = activations(sae, stream, places)
     error = stream - sae.decode(f)
     chosen = f[..., features]
-    changed = change(chosen, torch.as_tensor(values, dtype=f.dtype))
-    above = (chosen > torch.as_tensor(bars, dtype=f.dtype)) & (places > 0)[..., None]
+    changed = change(chosen, torch.as_tensor(values, dtype=f.dtype, device=f.device))
+    above = (chosen > torch.as_tensor(bars, dtype=f.dtype, device=f.device)) & (places > 0)[..., None]
     f[..., features] = torch.where(above, changed, chosen)
     return error + sae.decode(f)
 
@@ -209,10 +209,12 @@ class InterventionBatch:
             mine = [columns[pair] for pair in pairs]
             self.chosen[i, mine], self.values[i, mine] = True, values
         features = [feature for feature, _ in columns]
-        self.rows = sae.W_dec[features].detach().cpu()
+        self.rows = sae.W_dec[features].detach().to(exam.device)
         self.active = self._activations(sae, features)
-        self.on = self.active > torch.tensor([bar for _, bar in columns])
-        self.on[exam.starts] = False
+        self.fires = self.active > torch.tensor([bar for _, bar in columns], device=exam.device)
+        self.fires.index_fill_(0, exam.starts.to(exam.device), False)
+        # the host compares settings place by place; the device makes streams
+        self.on, self.asked_for = self.fires.cpu(), [t.to(exam.device) for t in (self.chosen, self.values)]
 
 def _bars(rule, count) -> list[float]:
     "A rule's bars, one for each feature."
@@ -223,15 +225,16 @@ def _bars(rule, count) -> list[float]:
 @torch.no_grad()
 def _activations(self: InterventionBatch, sae, features) -> torch.Tensor:
     "The features' activations on all tokens of the known questions, position 0 set to zero."
-    exam, kept = self.exam, [torch.zeros(0, len(features))]
-    for group in exam.batches(exam.tokens):
+    exam, starts = self.exam, self.exam.starts.tolist()
+    def read(group):
         if hasattr(sae, "encode_tokens"):
             f = sae.encode_tokens(padded([exam.tokens[i] for i in group]), features)
         else:
-            spans = [(exam.starts[i], exam.starts[i] + len(exam.tokens[i])) for i in group]
-            f = encoded(sae, padded([exam.stream[a:b] for a, b in spans]))[..., features].cpu()
+            spans = [(starts[i], starts[i] + len(exam.tokens[i])) for i in group]
+            f = encoded(sae, padded([exam.stream[a:b] for a, b in spans]))[..., features]
         f[:, 0] = 0
-        kept += [row[:len(exam.tokens[i])] for i, row in zip(group, f)]
+        return [row[:len(exam.tokens[i])] for i, row in zip(group, sent(f, exam.device))]
+    kept = sum(exam.each_group(exam.tokens, read), [torch.zeros(0, len(features), device=exam.device)])
     return torch.cat(kept)
 
 def by_sequence(exam: Exam, of_tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -271,10 +274,11 @@ def first_equal(self: InterventionBatch, sequence: int, settings: torch.Tensor) 
 def stream(self: InterventionBatch, sequences: torch.Tensor, settings: torch.Tensor,
            places: torch.Tensor) -> torch.Tensor:
     "The changed stream of single tokens: a sequence, a setting and a place each."
-    at = self.exam.starts[sequences] + places
-    f = self.active[at]
-    changed = self.intervention.change(f, self.values[settings])
-    push = torch.where(self.chosen[settings] & self.on[at], changed - f, torch.zeros(()))
+    at, settings = (sent(numbers, self.exam.device)
+                    for numbers in (self.exam.starts[sequences] + places, settings))
+    f, (chosen, values) = self.active[at], self.asked_for
+    changed = self.intervention.change(f, values[settings])
+    push = torch.where(chosen[settings] & self.fires[at], changed - f, torch.zeros(()))
     return self.exam.stream[at] + push @ self.rows
 
 # %% ../../../nbs/4_evaluation/64_interventions.ipynb #f3ac654f

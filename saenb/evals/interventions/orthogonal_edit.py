@@ -12,6 +12,7 @@ import re
 import torch
 
 from ...base.errors import SaenbError
+from ...data.shared_prefixes import sent
 from .intervention import (
     EditBatch, Intervention, InterventionBatch, places_of, plain_name, with_more)
 from .raw_direction import stream_means
@@ -20,7 +21,8 @@ from .raw_direction import stream_means
 COUNTS = (1, 2, 5, 10, 20, 50, 100) # features
 
 def subspace(rows: torch.Tensor) -> torch.Tensor:
-    "An orthonormal basis of rows' span, as columns; rows that add nothing are left out."
+    "An orthonormal basis of rows' span, as columns, found by the processor; what adds nothing is left out."
+    rows = rows.cpu()
     left, sizes, _ = torch.linalg.svd(rows.T.double(), full_matrices=False)
     return left[:, sizes > 1e-6 * sizes.amax()].float() if len(rows) else rows.new_zeros(rows.shape[1], 0)
 
@@ -50,8 +52,8 @@ class OrthogonalEdit(Intervention):
     @torch.no_grad()
     def apply(self, sae, stream, features, values, places=None, centre=0.0):
         "The stream after the intervention: the definition."
-        basis = subspace(sae.W_dec[list(features)].detach())
-        inside = ((stream.float() - centre) @ basis) @ basis.T
+        basis = subspace(sae.W_dec[list(features)].detach()).to(stream.device)
+        inside = ((stream.float() - torch.as_tensor(centre).to(stream.device)) @ basis) @ basis.T
         return stream - torch.where((places_of(stream, places) > 0)[..., None], inside, 0.0)
 
     def batch(self, exam, sae, settings):
@@ -66,8 +68,8 @@ class SubspaceBatch(InterventionBatch):
         sets = [tuple(map(int, features)) for features, *_ in settings]
         different = list(dict.fromkeys(sets))
         self.keys = torch.tensor([different.index(s) for s in sets], dtype=torch.long)
-        self.bases = [subspace(sae.W_dec[list(s)].detach().cpu()) for s in different]
-        self.centre = settings[0][2]["centre"] if settings else None
+        self.bases = [subspace(sae.W_dec[list(s)].detach()).to(exam.device) for s in different]
+        self.centre = settings[0][2]["centre"].to(exam.device) if settings else None
 
     def touched(self):
         "All questions, by sets that hold a feature."
@@ -83,10 +85,10 @@ class SubspaceBatch(InterventionBatch):
 
     def stream(self, sequences, settings, places):
         "The changed stream of single tokens: a sequence, a setting and a place each."
-        x = self.exam.stream[self.exam.starts[sequences] + places].float()
+        x = self.exam.stream[sent(self.exam.starts[sequences] + places, self.exam.device)].float()
         for key in self.keys[settings].unique().tolist():
             mine = ((self.keys[settings] == key) & (places > 0)).nonzero().squeeze(1)
-            basis = self.bases[key]
+            basis, mine = self.bases[key], sent(mine, x.device)
             x[mine] -= ((x[mine] - self.centre) @ basis) @ basis.T
         return x
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from ..evaluation import at_text, exact
 from ..exam import Exam, feature_stats
 from .conditional import ConditionalClamp
 from ...sae.sae import SAE, SAEConfig
@@ -18,13 +19,13 @@ from ...sae.sae import SAE, SAEConfig
 @torch.no_grad()
 def stream_means(exam: Exam) -> dict[str, torch.Tensor]:
     "The mean of the stream over each corpus' text."
-    means = {}
+    means, kind = {}, exact(exam.device)
     for side in ("forget", "retain"):
-        total, tokens = torch.zeros(exam.model.cfg.d_model, dtype=torch.double), 0
+        total, tokens = torch.zeros(exam.model.cfg.d_model, dtype=kind, device=exam.device), 0
         for stream, keep in exam.corpus(side):
-            total += stream[keep].double().sum(0).cpu()
+            total += at_text(stream, keep).to(kind).sum(0)
             tokens += int(keep.sum())
-        means[side] = (total / tokens).float()
+        means[side] = (total.cpu() / tokens).float()
     return means
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def one_feature(exam: Exam, reads: torch.Tensor, bias: float, writes: torch.Tens
     sae.W_dec.copy_(writes[None])
     sae.b_enc.fill_(bias)
     sae.b_dec.copy_(centre)
-    return sae
+    return sae.to(exam.model.cfg.device)
 
 # %% ../../../nbs/4_evaluation/67_direction.ipynb #599fa969
 class RawDirection(ConditionalClamp):

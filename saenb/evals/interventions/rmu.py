@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from ...data.shared_prefixes import sent
+from ..evaluation import at_text
 from ..exam import Exam
 from .intervention import EditBatch, Intervention, plain_name
 from .orthogonal_edit import subspace, writing
@@ -46,8 +48,8 @@ def drawn_rows(exam: Exam, side: str, count: int, seed: int) -> list[tuple]:
     return [rows[order[i % len(order)]] for i in range(count)]
 
 def stacked(rows: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "Rows as one batch of tokens, stream and text."
-    return tuple(torch.stack(column) for column in zip(*rows))
+    "Rows as one batch of tokens, stream and text, where the stream is."
+    return tuple(sent(torch.stack(column), rows[0][1].device) for column in zip(*rows))
 
 # %% ../../../nbs/4_evaluation/70_rmu.ipynb #03e620d7
 def rmu_loss(forget, target, retain, original, alpha: float) -> torch.Tensor:
@@ -58,8 +60,8 @@ def random_target(exam: Exam, away: torch.Tensor | None = None) -> torch.Tensor:
     "A direction at random, as long as the stream on retained text; without its part along some columns."
     u = torch.rand(exam.model.cfg.d_model, generator=torch.Generator().manual_seed(exam.setup.random_seed))
     if away is not None: u -= away @ (away.T @ u)
-    lengths = torch.cat([stream[keep].norm(dim=-1) for stream, keep in exam.corpus("retain")])
-    return u / u.norm() * lengths.mean().cpu()
+    lengths = torch.cat([at_text(stream, keep).norm(dim=-1) for stream, keep in exam.corpus("retain")])
+    return (u / u.norm() * lengths.mean().cpu()).to(exam.device)
 
 def tuned(model, start: dict[str, torch.Tensor], weights, loss, lr: float, stops: tuple[int, ...]) -> dict:
     "Edited weights after some numbers of steps; `loss(weights(parameters), step)` is made small."
@@ -121,7 +123,7 @@ class RMU(Trained, Intervention):
 
     def train(self, exam, sae, features, length, alpha, rate):
         "Edited weights by stops."
-        away = subspace(sae.W_dec[features].detach().cpu()) if features else None
+        away = subspace(sae.W_dec[features].detach()) if features else None
         target, count = length * random_target(exam, away), ROWS * max(STOPS)
         rows = {side: drawn_rows(exam, side, count, exam.setup.random_seed) for side in ("forget", "retain")}
         blocks = range(max(0, exam.layer - 2), exam.layer + 1)

@@ -119,16 +119,19 @@ def _tensors_there(sae: SAE) -> dict[str, torch.Tensor]:
         w["group_sizes"] = torch.tensor([b - a for a, b in zip(ends, ends[1:])])
     return w
 
+# %% ../../../nbs/2_dictionary/37_dictionary_learning_format.ipynb #c3ee8587
 def to_dictionary_learning(
     sae: SAE, # the dictionary
     folder: str | Path, # where to write it
-) -> Path:
-    "Write `ae.pt` and `config.json` for the class of dictionary_learning that computes the same."
+) -> str:
+    "Write `ae.pt` and `config.json` for dictionary_learning; says for which of its classes."
     folder, kind = Path(folder), WRITTEN.get(sae.architecture.name)
     if kind is None or len(sae.gates):
         raise SaenbError(
             f"dictionary_learning has no class for a {sae.architecture.name} dictionary"
             f"{' with gates' if len(sae.gates) else ''}; write it with `save`, which saenb reads.")
+    if (folder/"ae.pt").exists():
+        raise SaenbError(f"{folder} already holds a dictionary; choose another folder.")
     names, w = CLASSES[kind], _tensors_there(sae)
     transposed = "encoder.weight" in names.values()
     tensors = {there: (w[ours].T if transposed and ours in ("W_enc", "W_dec") else w[ours]).detach().cpu()
@@ -140,8 +143,8 @@ def to_dictionary_learning(
                  lm_name=sae.cfg.model_name, submodule_name=f"resid_post_layer_{sae.cfg.hook_layer}")
     if hasattr(sae.architecture, "k"): about["k"] = sae.architecture.k
     write_json(folder/"config.json", dict(trainer=about))
-    return folder
+    return f"dictionary_learning loads {folder} as {kind}."
 
 # %% ../../../nbs/2_dictionary/37_dictionary_learning_format.ipynb #cd17df2a
 DICTIONARY_LEARNING = Format("dictionary_learning", "ae.pt", from_dictionary_learning, files=("config.json",),
-                             suffix=".pt")
+                             suffix=".pt", write=to_dictionary_learning)

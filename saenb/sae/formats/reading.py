@@ -24,6 +24,7 @@ class Format:
     read: Callable # gives the dictionary in such a file
     files: tuple[str, ...] = () # further files that may belong to it
     suffix: str | None = None # of a file that holds a whole dictionary by itself
+    write: Callable | None = None # writes a dictionary into a folder, and says what it is there
 
 def formats() -> dict[str, Format]:
     "All formats, by the file that they are recognised by; `cfg.json` may belong to others as well."

@@ -207,4 +207,4 @@ def export(
             f"put `import saenb.saelens` before SAE.load_from_disk({str(folder)!r}) and it is the same.")
 
 # %% ../../../nbs/2_dictionary/35_saelens_format.ipynb #4fbd387a
-SAELENS = Format("SAELens", CONFIG, from_saelens, files=(WEIGHTS, SCALER, WHITENING))
+SAELENS = Format("SAELens", CONFIG, from_saelens, files=(WEIGHTS, SCALER, WHITENING), write=export)
