@@ -45,10 +45,10 @@ DIFFERENCES = """What a step does that others' steps do not:
 """
 
 
-ARCHITECTURES = """The same data, start, order and schedule as above, {steps} steps at {d_in:,} x {d_sae:,} with batches of {batch:,}; {k} features a token for TopK and BatchTopK. "Loss" is measured for
-everybody by one function on {held} activations that nobody trained on: the error, and for JumpReLU {charge} for each active feature. Ratios are those of processor time, which
-says the same as the clock where nothing else runs, and more where something does. For BatchTopK it keeps the strongest of 512 tokens at a time, since within so few
-steps no package's running threshold has settled. AuxK is off where nothing else is said, since no other package calls a feature dead within so few steps; where it is on, dead is what saenb calls so for all.
+ARCHITECTURES = """The same data, start, order and schedule as above, {steps} steps at {d_in:,} x {d_sae:,} with batches of {batch:,}; {k} features a token for TopK and BatchTopK. Ratios are those of processor time, which
+says the same as the clock where nothing else runs, and more where something does. "Loss" is measured for everybody by one function on {held} activations that nobody trained on: the error, and for JumpReLU {charge} for each
+active feature; of BatchTopK's it keeps the strongest of 512 tokens at a time, since within so few steps no package's running threshold has settled. So early the loss still falls with every step, so one that is a little higher costs
+a step or two more. AuxK is off where nothing else is said, since no other package calls a feature dead within so few steps; where it is on, dead is what saenb calls so for all.
 
 dictionary_learning's JumpReLU aims at a number of active features ({target} here) by a squared penalty, so of it **compare the cost, not the loss**; its decoder's bias begins at a median of the first batch for TopK and
 BatchTopK. sparsify centres on the first batch, and its learning rate falls from the first step on. SAELens' `use_sparse_activations` does not train on a CPU.

@@ -365,8 +365,8 @@ def test_features_that_are_reset_or_moved_take_along_what_is_theirs():
 
 @pytest.mark.parametrize("architecture", ("relu", *OTHERS))
 def test_others_read_what_is_written_for_them(architecture, tmp_path):
-    from saenb.sae.formats.dictionary_learning import WRITTEN, to_dictionary_learning
-    from saenb.sae.formats.saelens import STORED, export
+    from saenb.sae.formats.dictionary_learning import to_dictionary_learning
+    from saenb.sae.formats.saelens import export
     from saenb.sae.formats.sparsify import to_sparsify
     sae, x = training(architecture).fit(progress=False), next(STREAM.batches(256, 3)).x
     export(sae, tmp_path/"saelens")

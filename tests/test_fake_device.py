@@ -124,7 +124,8 @@ def test_memory_that_ends_changes_no_answer(here, world, model, tmp_path, monkey
     poor = Cases(world, model, tmp_path)
     assert torch.equal(poor.exam.base, here.exam.base)
     torch.testing.assert_close(poor.exam.stream, here.exam.stream, rtol=1e-4, atol=1e-4)
-    for name in ("conditional_clamp", "guardrail", "core", "separation"): assert not different(here(name), poor(name), name)
+    for name in ("conditional_clamp", "guardrail", "core", "separation"): # smaller groups share less, so that more is read
+        assert not different(here(name) | dict(read=0), poor(name) | dict(read=0), name)
     assert all(one.times for one in hurt)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saenb: The device's memory is full")]
     assert len(said) == len(set(said)) and {line.split("; ")[1].split(" goes on")[0] for line in said} == {

@@ -93,7 +93,8 @@ def opened(browser):
     page, said = browser.new_page(viewport=dict(width=1280, height=800)), []
     page.on("console", lambda message: message.type in ("error", "warning") and said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("requestfailed", lambda request: said.append(f"failed: {request.url}"))
+    page.on("requestfailed",  # but for what was still under way when the page was left
+            lambda request: "ABORTED" in (request.failure or "") or said.append(f"failed: {request.url}"))
     page.on("request",
             lambda request: request.url.startswith(("file:", "data:", "blob:")) or said.append(request.url))
     yield page
