@@ -115,7 +115,9 @@ def test_the_package_is_what_the_notebooks_export(tmp_path):
 
 def run_notebook(project, path, said):
     """Run a notebook as nbdev_test does, and write what went wrong."""
+    import torch
     from nbdev.test import test_nb
+    torch.set_num_threads(torch.get_num_threads()) # makes this fork's pool before several threads ask for it at once
     with open(said, "w") as sys.stderr: passed, _ = test_nb(Path(path), basepath=project)
     sys.exit(not passed)
 

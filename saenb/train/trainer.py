@@ -57,7 +57,8 @@ class Trainer(Checkpoints):
         if self.steps: store.check_batch(cfg.batch, cfg.balanced)
         self.generator = torch.Generator().manual_seed(cfg.seed)
         self.since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=sae.device)
-        self.none_dead_before = self.dead_after # a step before which no feature can be dead
+        # steps of silence after which a feature counts as dead, and a step before which none can
+        self.dead_after = self.none_dead_before = max(1, min(500, self.steps // 4))
         self.optimizer = self._optimizer()
         self._terms, self._pending, self._order = None, [], None
 
@@ -187,11 +188,6 @@ def _seen(self: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
 def dead(self: Trainer) -> torch.Tensor:
     "Which features are dead: the one way in which they are counted, in the log and in every loss."
     return self.since_fired >= self.dead_after
-
-@patch(as_prop=True)
-def dead_after(self: Trainer) -> int:
-    "Steps of silence after which a feature counts as dead."
-    return max(1, min(500, self.steps // 4))
 
 # %% ../../nbs/2_dictionary/26_trainer.ipynb #f3dee1ca
 @patch
