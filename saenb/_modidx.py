@@ -3189,8 +3189,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                             'saenb/train/trainer.py'),
                                      'saenb.train.trainer.Trainer.dead': ( '2_dictionary/trainer.html#trainer.dead',
                                                                            'saenb/train/trainer.py'),
-                                     'saenb.train.trainer.Trainer.dead_after': ( '2_dictionary/trainer.html#trainer.dead_after',
-                                                                                 'saenb/train/trainer.py'),
                                      'saenb.train.trainer.Trainer.end': ('2_dictionary/trainer.html#trainer.end', 'saenb/train/trainer.py'),
                                      'saenb.train.trainer.Trainer.fit': ('2_dictionary/trainer.html#trainer.fit', 'saenb/train/trainer.py'),
                                      'saenb.train.trainer.Trainer.flush': ( '2_dictionary/trainer.html#trainer.flush',
