@@ -9,6 +9,7 @@ __all__ = ['InWindows', 'InOrder', 'LiveStore']
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class LiveStore(InWindows):
         self.layer, self.d_in, self.seq_len, self.batch = layer, model.cfg.d_model, seq_len, batch
         self.window = max(1, window // batch) * batch
         self.limit = -(-max_tokens // (seq_len - 1)) if max_tokens else None
-        self.path, self.hook_name = (f"the live stream of {model.cfg.model_name}",
+        self.path, self.hook_name = (f"the live stream of {Path(str(model.cfg.model_name)).name}",
                                      f"blocks.{layer}.hook_resid_post")
         facts = dict(model=str(model.cfg.model_name), layer=layer, d_in=self.d_in, seq_len=seq_len,
                      dtype=dtype, max_tokens=max_tokens, texts=about or {})
