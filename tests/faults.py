@@ -198,9 +198,10 @@ def killed_in_evaluation(lab):
     lab.kill(lab.start(*lab.run(out)), (record/"evals"/"unlearning.json").exists)
     assert not (record/"final_info.json").exists()
     kept = record/"sae"/"sae_weights.safetensors", record/"evals"/"unlearning.json"
-    before = stamps(*kept)
-    lab.call(*lab.run(out)).well()
-    assert stamps(*kept) == before and (record/"final_info.json").exists() and not litter(out)
+    before, first = stamps(*kept), kept[1].read_text()
+    said = lab.call(*lab.run(out)).well()
+    assert stamps(*kept) == before, f"{said.err}\n{first[:600]}\n{kept[1].read_text()[:600]}"
+    assert (record/"final_info.json").exists() and not litter(out)
     return "the dictionary and the first result are kept, the others are made", ""
 
 
