@@ -1,10 +1,12 @@
 """Build the site into _docs/: nbdev processes the notebooks, this makes them readable for MyST-NB, Sphinx does the rest."""
 import ast
+import gc
 import os
 import re
 import shutil
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from textwrap import dedent
 
@@ -33,12 +35,19 @@ TAGS = {("echo", "false"): "remove-input", ("output", "false"): "remove-output",
         ("warning", "false"): "remove-stderr", ("code-fold", "true"): "hide-input"}
 
 
+@cache
+def definitions(path):
+    """Return a module's lines, and the definitions in it by the line on which they start."""
+    text = Path(path).read_text(encoding="utf-8")
+    nodes = [n for n in ast.walk(ast.parse(text)) if hasattr(n, "decorator_list")]
+    return text.splitlines(), {n.lineno: n for n in reversed(nodes)}
+
+
 def source(path, line):
     """Return the definition that starts at a line of a module, folded."""
-    text = Path(path).read_text(encoding="utf-8")
-    node = next(n for n in ast.walk(ast.parse(text)) if hasattr(n, "decorator_list") and n.lineno == line)
-    start = min([line] + [d.lineno for d in node.decorator_list])
-    code = dedent("\n".join(text.splitlines()[start - 1:node.end_lineno]))
+    lines, found = definitions(path)
+    start = min([line] + [d.lineno for d in found[line].decorator_list])
+    code = dedent("\n".join(lines[start - 1:found[line].end_lineno]))
     return f"\n\n<details><summary>Source</summary>\n\n~~~~~~python\n{code}\n~~~~~~\n\n</details>"
 
 
@@ -116,12 +125,17 @@ def opening(path):
     return parts[1].strip() if first.cell_type == "markdown" and len(parts) == 2 else ""
 
 
+@cache
+def synonyms():
+    """Return the words that a page is also found by."""
+    return yaml.safe_load(Path("docs/synonyms.yml").read_text(encoding="utf-8"))
+
+
 def convert(nb, page, path):
     """Turn a notebook that nbdev has processed, and that lies at `path`, into one that MyST-NB reads."""
     front = yaml.safe_load(nb.cells[0].source.strip().strip("-")) if nb.cells[0].cell_type == "raw" else {}
     head = f"# {front['title']}\n\n{front.get('description', '')}" if "title" in front else ""
-    synonyms = yaml.safe_load(Path("docs/synonyms.yml").read_text(encoding="utf-8"))
-    if words := synonyms.get(page.split("/")[-1]): head += "\n\n" + found_by(words)
+    if words := synonyms().get(page.split("/")[-1]): head += "\n\n" + found_by(words)
     if front: head += "\n\n" + opening(path)
     heads = headings(nb.cells, front.get("title", ""))
     nb.cells = [nbformat.v4.new_markdown_cell(head)] + [
@@ -193,6 +207,7 @@ def main():
     """Build the site and return the exit status."""
     os.chdir(Path(__file__).parent.parent)
     warnings.filterwarnings("error", module="nbdev")
+    gc.set_threshold(200_000, 50, 1000)  # nearly all that is made is kept to the end, and looking for the rest takes a third of the time
     # One process, so that what all the notebooks import is imported once; no cache, so that no page is out of date.
     folder = proc_nbs(force=True, n_workers=0)
     notebooks = {path: nbformat.read(path, as_version=4) for path in sorted(folder.rglob("*.ipynb"))}
@@ -229,4 +244,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)  # each notebook had a shell, and all these shells' farewells take longer than the build

@@ -4,6 +4,7 @@ A build of torch without CUDA neither indexes such tensors nor moves others ther
 reads a number can run: whole evaluations run on the device of `pretended`."""
 import os
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -26,6 +27,7 @@ from saenb.sae.architectures import ARCHITECTURES
 from saenb.sae.sae import SAE, SAEConfig
 
 aten, fakes = torch.ops.aten, FakeTensorMode(allow_non_fake_inputs=True)
+torch.cuda.device = lambda device: nullcontext() # whose memory is pinned
 ARCHITECTURES.load()
 INTERVENTIONS.load()
 
@@ -53,6 +55,7 @@ class Host(TorchFunctionMode):
         kwargs = kwargs or {}
         name, given = getattr(func, "__name__", ""), [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         devices = [a for a in tree_leaves((args[1:], kwargs)) if isinstance(a, torch.device) or isinstance(a, str) and a.startswith("cuda")]
+        if name == "pin_memory": return args[0] # this build has none
         if name == "to" and devices and torch.device(devices[0]).type == "cuda":
             kind = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.dtype)), args[0].dtype)
             return torch.empty(args[0].shape, dtype=kind, device="cuda")

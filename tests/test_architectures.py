@@ -451,7 +451,22 @@ def test_a_frontier_is_made_seed_by_seed_and_drawn_as_far_as_it_is_known(monkeyp
     shown = lambda rows: [ax.get_ylabel() for ax in frontier.draw_frontier(rows, measures).axes if ax.axison]
     assert shown(rows) == list(measures)
     del rows[2]["held-out score"]
-    assert shown(rows) == [m for m in measures if m != "held-out score"]
+    assert shown(rows) == list(measures)
+    assert frontier.curves(rows, "held-out score")["topk"][1][:2] == (10 + 1, 1 / 10)
+    assert shown([{k: v for k, v in r.items() if k != "held-out score"} for r in rows]) == [m for m in measures if m != "held-out score"]
+
+
+def test_another_packages_points_keep_their_better_rate_and_are_compared_at_their_count(tmp_path):
+    from saenb.lab.frontier import at_same_count, beside, best_rates
+    key = "unexplained variance"
+    assert beside(tmp_path/"none.json") == []
+    points = [dict(kind="TopK", k=k, lr=lr, L0=k) | {key: left} for k, lr, left in ((10, 3e-4, 0.4), (10, 1e-3, 0.3), (40, 3e-4, 0.2))]
+    (tmp_path/"points.json").write_text(json.dumps(dict(points=points)))
+    others = best_rates(beside(tmp_path/"points.json"))
+    assert [(r["architecture"], r["L0"], r[key], r["lr"]) for r in others] == [("SAELens topk", 10, 0.3, 1e-3), ("SAELens topk", 40, 0.2, 3e-4)]
+    rows = [dict(architecture="topk", setting=str(k), L0=k) | {key: left} for k, left in ((5, 0.5), (20, 0.1))]
+    [found] = at_same_count(rows, others, key) # 40 lies beyond our curve
+    assert found["SAELens"] == 0.3 and found["saenb"] == pytest.approx(0.3) # 10 is halfway between 5 and 20 on this axis
 
 
 def test_a_record_names_its_architecture(tmp_path):

@@ -210,3 +210,14 @@ def test_broken_results_are_told_in_a_sentence(call, tmp_path, text, words):
 def test_the_program_ends_with_that_sentence(tmp_path):
     done = subprocess.run([sys.executable, FOLDER/"bench.py", "--parts", "speed", "--out", tmp_path], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode and done.stderr.strip().splitlines()[-1].startswith("bench: There is no part called 'speed'") and "Traceback" not in done.stderr
+
+
+def test_a_harvest_beside_its_model_alone(capsys):
+    """The dry run; cores and threads are as before afterwards."""
+    def limits(): return torch.get_num_threads(), getattr(os, "sched_getaffinity", lambda _: None)(0)
+    before = limits()
+    program("overlap").main(["--tiny", "--rounds", "1"])
+    names, found = (line.split() for line in capsys.readouterr().out.splitlines()[:2])
+    numbers = dict(zip(reversed(names), reversed(found))) # the model's name has spaces, and so have seconds
+    assert limits() == before and "2,048" in found and numbers["wanted"] == "1.1" and numbers["reached"] in ("yes", "no")
+    assert float(numbers["lowest"]) == float(numbers["ratio"]) == float(numbers["highest"]) > 0.5 and float(numbers["processor"]) > 1

@@ -431,3 +431,10 @@ def test_public_names_are_imported_on_demand():
 def test_nothing_heavy_is_imported_before_it_is_asked_for(module):
     loaded = python(f"import sys, {module}\nprint(*sys.modules)").split()
     assert not {"torch", "matplotlib", "transformers", "scipy", "sklearn"} & set(loaded)
+
+
+def test_what_tests_and_the_package_read_is_in_the_repository():
+    asked = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "tests", "saenb"]
+    found = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+    if found.returncode: pytest.skip("this is no repository")
+    nothing([path for path in found.stdout.splitlines() if not re.search(r"__pycache__|\.lock$|\.part$", path)])

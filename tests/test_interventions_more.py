@@ -56,7 +56,7 @@ def short(monkeypatch):
     """Trainings of a few steps."""
     for module in (rmu, crisp): monkeypatch.setattr(module, "STOPS", (2, 4))
     for name, value in dict(LENGTHS=(4,), ALPHAS=(10,), RATES=(3e-3,)).items(): monkeypatch.setattr(rmu, name, value)
-    for name, value in dict(COUNTS=(12,), MARGINS=(10,), RATES=(1e-4,)).items(): monkeypatch.setattr(crisp, name, value)
+    for name, value in dict(COUNTS=(12,), MARGINS=(10,), RATES=(1e-4,), RATIO=1.2).items(): monkeypatch.setattr(crisp, name, value)
 
 
 def prepared(name, few, sae, stats):
@@ -221,9 +221,43 @@ def test_losses_and_their_gradients_against_the_formula(random_sae):
         return torch.stack(kept).mean()
     for a, b in zip(grad(lambda x: crisp.feature_loss(random_sae, features, x, h0, keep, 20.0)), grad(plainly)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    whole = lambda x: crisp.crisp_loss(x.sum(), x, h0, x + 1, h0)
-    sums = lambda x: 0.01 * x.sum() + 0.99 * ((x - h0)**2).mean() + 0.0099 * ((x + 1 - h0)**2).mean()
+    whole = lambda x: crisp.crisp_loss(x.sum(), crisp.moved(x, h0, keep), crisp.moved(x + 1, h0, keep))
+    at = keep[..., None]
+    sums = lambda x: 0.01 * x.sum() + 0.99 * (at * (x - h0)**2).mean() + 0.0099 * (at * (x + 1 - h0)**2).mean()
     for a, b in zip(grad(whole), grad(sums)): torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("architecture", ("relu", "jumprelu", "topk,k=9", "batchtopk"))
+def test_crisp_counts_what_the_architecture_lets_pass(architecture):
+    """Without a margin it is the mean of what the dictionary gives, and no gradient stays in the dictionary."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 30, 16, generator=draw)
+    sae = SAE(SAEConfig(d_in=16, d_sae=64, hook_name="blocks.0.hook_out", hook_layer=0, architecture=architecture))
+    sae = sae.initialise(x.flatten(0, 1), 0).eval()
+    if hasattr(sae, "threshold"): sae.threshold.data.fill_(0.5)
+    keep, features = torch.ones(2, 30, dtype=torch.bool), list(range(0, 64, 3))
+    f = sae.encode(x)[..., features].detach()
+    assert 0 < (f > 0).sum() < f.numel()
+    moving = x.clone().requires_grad_()
+    loss = crisp.feature_loss(sae, features, moving, x, keep, 0.0)
+    torch.testing.assert_close(loss, f[f > 0].mean())
+    found = rmu.tuned(None, dict(x=x), lambda p: p, lambda p, step: crisp.feature_loss(sae, features, p["x"], x, keep, 0.0),
+                      0.01, (3,))[3]["x"]
+    assert sae.encode(found)[..., features].sum() < f.sum() # the mean of what is left may rise where weak ones fall silent
+    assert all(p.grad is None for p in sae.parameters())
+
+
+def test_salient_features_by_hand(few, random_sae, stats):
+    intervention, _, known, settings = prepared("crisp", few, random_sae, stats)
+    rows = {side: torch.cat([random_sae.encode(x)[keep] for x, keep in few.corpus(side)]).detach() for side in ("forget", "retain")}
+    mean = {side: f.double().mean(0) for side, f in rows.items()}
+    for count in (1, 3, 12):
+        leading = sorted(np.flatnonzero(stats.forget > stats.retain), key=lambda j: stats.retain[j] - stats.forget[j])[:10 * count]
+        expected = [j for j in leading if mean["forget"][j] >= 1.2 * mean["retain"][j]][:count]
+        assert expected and crisp.salient(known, count).tolist() == expected
+    drawn = intervention.at_random(known, np.random.default_rng(0))
+    pairs = lambda s: sorted(zip(s.forget, s.retain, s.more["ratio"]))
+    assert pairs(drawn) == pairs(known) and not np.array_equal(drawn.more["ratio"], known.more["ratio"])
 
 
 def test_training_goes_where_it_should(few, random_sae, stats):

@@ -508,11 +508,11 @@ def hostile(i, positions, draw):
     return x
 
 
-@pytest.mark.parametrize("number, steps", [(1, 300), (2, 300), (3, 300), (4, 300), (5, 10_000), (6, 300),
-                                           (7, 300), (8, 300), (9, 300), (10, 10_000), ("static", 300)])
+@pytest.mark.parametrize("number, steps", [(1, 300), (2, 300), (3, 300), (4, 300), (5, 2500), (6, 300),
+                                           (7, 300), (8, 300), (9, 300), (10, 2500), ("static", 300)])
 def test_nothing_ceases_to_be_a_number_whatever_comes(number, steps):
-    """Run 5 has every kind of mask, and run 10 every part of the routers, for ten thousand steps; every
-    third batch stands at one position."""
+    """Run 5 has every kind of mask, and run 10 every part of the routers, for longer: masks change fifty
+    times; every third batch stands at one position."""
     store = Made(hostile, lambda i, n, draw: torch.full((n,), 9)
                      if i % 3 == 0 else torch.randint(1, 128, (n,), generator=draw))
     sae = SAE(SAEConfig(d_in=16, d_sae=64)).initialise(next(store.batches(4096, 0)).x, 0)

@@ -105,16 +105,20 @@ def opened(browser):
 @needs_browser
 def test_every_page_opens_wide_and_narrow(opened, site, pages):
     """Pages of findings and figures end before 8,000 pixels; those that define functions may be longer, up to a limit."""
+    def height(): return opened.evaluate("document.documentElement.scrollHeight")
+    widths = [1280, 390]
     for name in pages:
-        opened.set_viewport_size(dict(width=1400, height=900))
         opened.goto((site/name).as_uri())
         assert opened.title()
-        height = opened.evaluate("document.documentElement.scrollHeight")
-        assert height < (8_000 if re.search("index|result|report|real_model", name) else 18_000), f"{name} is {height} pixels high"
-        for width in (1280, 390):
-            opened.set_viewport_size(dict(width=width, height=800))
+        limit = 8_000 if re.search("index|result|report|real_model", name) else 18_000
+        for width in widths:
+            if opened.viewport_size["width"] != width: opened.set_viewport_size(dict(width=width, height=800))
             beyond = opened.evaluate("document.documentElement.scrollWidth - innerWidth")
             assert beyond <= 0, f"{name} is {beyond} pixels wider than a screen of {width}"
+            if width == 1280 and height() >= limit: # on a wider screen it may be lower
+                opened.set_viewport_size(dict(width=1400, height=900))
+                assert height() < limit, f"{name} is {height()} pixels high"
+        widths.reverse() # the next page opens as this one was left: laying a page out once more takes a quarter of its time
 
 
 @needs_browser
@@ -143,7 +147,7 @@ def test_reports_open_with_what_was_found(opened, site):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["index", "0_start/03_results", "3_ideas/58_contrastive_results", "2_dictionary/26_trainer", "5_laboratory/118_overview",
+@pytest.mark.parametrize("name", ["index", "0_start/03_results", "3_ideas/58_contrastive_results", "2_dictionary/26_trainer", "5_laboratory/119_overview",
                                   "explorer/best"])
 def test_axe_finds_nothing_wrong(opened, site, name):
     """Contrast, labels, landmarks, heads of tables, names of pictures: in the light and in the dark."""

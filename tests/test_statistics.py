@@ -309,6 +309,33 @@ def test_compare_takes_intervals_over_seeds_and_facts(made):
     assert scatter_of(runs[0] + runs[0]) == scatter_of(runs[0]) # one training under two names is one
 
 
+def test_ideas_on_another_architecture_are_compared_with_its_own_baseline(made, tmp_path):
+    from saenb.lab import survival
+    assert survival.best_runs(made[0], 1) == {"orthogonality": ["orthogonality/1"]} # a baseline is no idea
+    for number, records in made[1].items():
+        for r in records[:3 - (number == 2)]: # run 2 lacks a seed
+            folder = tmp_path/"orthogonality"/f"run_{number}@architecture=topk,k=5"/f"seed_{r.seed}"
+            for name in ("config.json", "final_info.json", "evals/unlearning.json"):
+                kept = json.loads((r.path/name).read_text())
+                write_json(folder/name, kept | dict(variant="architecture=topk,k=5") if name == "config.json" else kept)
+    rows = survival.survival(tmp_path)
+    assert [(r["architecture"], r["run"], r["seeds"]) for r in rows] == [("topk", "orthogonality/1", 3), ("topk", "orthogonality/2", 2)]
+    assert rows[0]["difference"] == difference_interval(made[1][1][:3], made[1][0][:3]) and rows[0]["baseline"] < rows[0]["score"]
+    assert [r["holm"] for r in rows] == holm([r["difference"].p for r in rows]).tolist()
+    drawn = survival.draw_survival(rows)
+    assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == ["Adaptive tau", "Basic orthogonality"]
+    assert survival.survival(tmp_path/"empty") == []
+
+
+def test_ideas_on_other_architectures_are_made_with_their_baselines(monkeypatch):
+    from saenb.lab import survival
+    asked = []
+    monkeypatch.setattr(survival, "run", lambda id, preset, seed, out, steps, change, progress: asked.append((id, preset.recorded, seed, steps, change)))
+    survival.make_survival(dict(orthogonality=["orthogonality/2"], contrastive=["contrastive/3"]), seeds=(4,), steps=9, on=dict(topk="topk,k=5"))
+    ids = ["orthogonality/0", "orthogonality/2", "contrastive/0", "contrastive/3"]
+    assert asked == [(id, ("unlearning",), 4, 9, dict(architecture="topk,k=5")) for id in ids]
+
+
 def test_a_record_of_before_opens_and_is_compared(made, tmp_path):
     "It has neither halves nor answers, and the tables are then about the score."
     for number, found in made[1].items():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIABLE', 'KINDS', 'checked_device', 'asked_device', 'find_device', 'use_device', 'device_name', 'wait_for',
-           'free_memory', 'devices_to_share', 'is_memory_error', 'halve_on_memory_error', 'in_parts']
+           'free_memory', 'sent', 'devices_to_share', 'is_memory_error', 'halve_on_memory_error', 'in_parts']
 
 # %% ../../nbs/1_data/15_devices.ipynb #a123f4f4
 import os
@@ -56,9 +56,11 @@ def find_device(
         number = int(os.environ.get("LOCAL_RANK", 0)) # each process of torchrun takes its own
     if (number or 0) >= _counted(kind):
         there = [f"{k}:{i}" if k == "cuda" else k for k in KINDS for i in range(_counted(k))]
+        without = kind == "cuda" and not torch.backends.cuda.is_built()
         raise SaenbError(
             f"This machine does not have the device {kind if number is None else f'{kind}:{number}'}, "
-            f"{origin}; it has {', '.join(there)}, and auto takes the first of them.")
+            f"{origin}; it has {', '.join(there)}{' (torch was installed without CUDA)' * without}, "
+            "and auto takes the first of them.")
     return torch.device(kind) if number is None else torch.device(kind, number)
 
 # %% ../../nbs/1_data/15_devices.ipynb #f5bff48b
@@ -97,6 +99,17 @@ def free_memory(device: "torch.device") -> int:
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
+# %% ../../nbs/1_data/15_devices.ipynb #83a68ef1
+def sent(tensor: "torch.Tensor", device: "str | torch.device") -> "torch.Tensor":
+    "A tensor on a device, or on its way there."
+    import torch
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        with torch.cuda.device(device): # and in no other one's name
+            tensor = tensor.pin_memory()
+    # what is read by the processor has to be there; on mps what is sent may be freed too early
+    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
+
 # %% ../../nbs/1_data/15_devices.ipynb #597967d1
 def devices_to_share(otherwise: str = "auto") -> list[str]:
     "The GPUs that processes can take in turn, as CUDA_VISIBLE_DEVICES names them; empty with less than two."
@@ -107,7 +120,7 @@ def devices_to_share(otherwise: str = "auto") -> list[str]:
     return names if len(names) > 1 else []
 
 # %% ../../nbs/1_data/15_devices.ipynb #8964fea4
-_smaller = {} # sizes that did fit, by what was done
+_smaller = {} # sizes that are tried after others did not fit, in tokens, by what was done
 
 def is_memory_error(e: Exception) -> bool:
     "Did a device's memory end? Only some devices have an exception of their own for it."
@@ -118,10 +131,11 @@ def is_memory_error(e: Exception) -> bool:
 def halve_on_memory_error(
     work, # what to do: it is called with a size
     size: int, # the size to begin with
-    what: str, # what is done, for the message; the size that fits is kept under it
+    what: str, # what is done, for the message; the limit is kept under it
+    each: int = 1, # tokens in each of so many
 ):
     "What `work(size)` returns, with the size halved as long as there is not enough memory for it."
-    size = min(size, _smaller.get(what, size))
+    if what in _smaller: size = min(size, max(1, _smaller[what] // each))
     while True:
         try: return work(size)
         except Exception as e:
@@ -131,7 +145,7 @@ def halve_on_memory_error(
                                  "end other processes there, use a smaller model or shorter rows, or "
                                  "--device cpu.") from None
         size //= 2
-        _smaller[what] = size
+        _smaller[what] = size * each
         _release()
         warn_once(f"The device's memory is full; {what} goes on with {size} at a time.")
 
@@ -146,7 +160,8 @@ def in_parts(
     work, # what to do with a part of the rows
     rows, # what can be sliced and has a length
     size: int, # rows to begin with
-    what: str, # what is done, for the message; the size that fits is kept under it
+    what: str, # what is done, for the message; the limit is kept under it
+    each: int = 1, # tokens in each row
 ):
     "The results of `work` for one part of the rows after the other, smaller parts where memory ends."
     start = 0
@@ -154,6 +169,6 @@ def in_parts(
         part = rows[start:start + size]
         return len(part), work(part)
     while start < len(rows):
-        done, result = halve_on_memory_error(one, size, what)
+        done, result = halve_on_memory_error(one, min(size, len(rows) - start), what, each)
         yield result
         start += done

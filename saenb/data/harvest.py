@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..base.devices import in_parts
+from ..base.devices import in_parts, sent
 from ..base.errors import SaenbError, lookup
 from ..base.files import file_digest, hold_memory, need_room, write_json, write_tensors
 from ..base.locks import locked
 from .sources import TextSource, sided_texts
-from .store import FORMAT, KEPT_TYPES, Store, ahead, moved
+from .store import FORMAT, KEPT_TYPES, Store, ahead
 
 # %% ../../nbs/1_data/17_harvest.ipynb #249eed66
 def token_rows(
@@ -87,18 +87,19 @@ def row_groups(rows, size, first, tokenizer):
 def read_streams(model, tokens, keep, layers, batch, kept, seen, to="cpu"):
     "The kept tokens' stream of each layer, on its way to a device, and how to wait until it is there."
     device, ends = torch.device(model.cfg.device), keep.sum(1).cumsum(0).tolist()
-    sent = device.type == "cuda" and to == "cpu"
-    x = {layer: torch.empty(ends[-1], model.cfg.d_model, dtype=kept, device=to, pin_memory=sent)
+    pinned = device.type == "cuda" and to == "cpu"
+    x = {layer: torch.empty(ends[-1], model.cfg.d_model, dtype=kept, device=to, pin_memory=pinned)
          for layer in layers}
     def read(part):
         here, end = keep[part.start:part.stop], ends[part.stop - 1]
-        where = moved(here.flatten().nonzero().squeeze(1), device)
-        for layer, stream in streams_at(model, moved(tokens[part.start:part.stop], device), layers).items():
+        where = sent(here.flatten().nonzero().squeeze(1), device)
+        for layer, stream in streams_at(model, sent(tokens[part.start:part.stop], device), layers).items():
             chosen = stream.flatten(0, 1).index_select(0, where).to(kept)
-            x[layer][end - len(chosen):end].copy_(chosen, non_blocking=sent)
+            x[layer][end - len(chosen):end].copy_(chosen, non_blocking=pinned)
         seen(here.numel())
-    for _ in in_parts(read, range(len(tokens)), batch, "reading texts"): pass
-    if not sent: return x, lambda: None
+    for _ in in_parts(read, range(len(tokens)), batch, "reading texts", tokens.shape[1]):
+        pass
+    if not pinned: return x, lambda: None
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(device))
     return x, arrived.synchronize

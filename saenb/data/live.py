@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from ..base.devices import sent
 from ..base.errors import SaenbError, lookup
 from .harvest import check_finite, check_layer, read_streams, row_groups, token_rows
-from .store import FORMAT, KEPT_TYPES, Batch, Store, ahead, dealt, joined, moved
+from .store import FORMAT, KEPT_TYPES, Batch, Store, ahead, dealt, joined
 
 # %% ../../nbs/1_data/19_live.ipynb #17a00006
 class InWindows:
@@ -39,7 +40,7 @@ class InWindows:
                 if skip < len(order):
                     window = read()
                     for index in order[skip:]:
-                        yield window.take(moved(index, window.x.device))
+                        yield window.take(sent(index, window.x.device))
                     del window # before the next is read
                 skip = max(0, skip - len(order))
             epoch += 1
@@ -110,7 +111,7 @@ def _read_window(self: LiveStore, tokens, keep, places) -> Batch:
     "A window, where the model computes."
     device = self.model.cfg.device
     x, _ = read_streams(self.model, tokens, keep, [self.layer], self.batch, self.kept, lambda _: None, device)
-    shard = dict(x=x[self.layer]) | {name: moved(column, device) for name, column in places.items()}
+    shard = dict(x=x[self.layer]) | {name: sent(column, device) for name, column in places.items()}
     check_finite(shard, self.layer)
     return Batch(**shard)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'NUMPY_TYPES', 'KEPT_TYPES', 'ENTRY', 'AGAIN', 'FORMAT', 'STORE', 'damaged', 'shard_header', 'map_shard',
-           'Batch', 'moved', 'ahead', 'contradiction', 'Store', 'column_mismatch', 'joined', 'dealt']
+           'Batch', 'ahead', 'contradiction', 'Store', 'column_mismatch', 'joined', 'dealt']
 
 # %% ../../nbs/1_data/18_store.ipynb #235f93ed
 import json
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from ..base.devices import sent
 from ..base.errors import SaenbError, shorten
 from ..base.files import file_digest, read_json
 from ..base.schemas import schema_error
@@ -91,18 +92,9 @@ class Batch:
 
     def to(self, device) -> "Batch":
         "The same tokens on another device."
-        return Batch(*(moved(getattr(self, c), device) for c in COLUMNS))
+        return Batch(*(sent(getattr(self, c), device) for c in COLUMNS))
 
 # %% ../../nbs/1_data/18_store.ipynb #d2170002
-def moved(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    "A tensor on a device, or on its way there."
-    device = torch.device(device)
-    if device.type == "cuda" and not tensor.is_cuda:
-        with torch.cuda.device(device): # and in no other one's name
-            tensor = tensor.pin_memory()
-    # what is read by the processor has to be there; on mps what is sent may be freed too early
-    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
-
 def ahead(items: Iterable) -> Iterator:
     "The same items; while one is in use, another thread fetches the next."
     with ThreadPoolExecutor(1) as worker:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
+from ..base.devices import sent
 from ..base.errors import SaenbError
-from ..data.store import moved
 from .clusters import agreement, close, groups
 from .pairs import make_statistic
 from .run import Experiment, Run
@@ -111,7 +111,7 @@ def penalty(self: ContrastiveGroups, step):
     if step.index % self.every == 0:
         self.group(step.f.detach(), step.trainer)
     rows, sae = step.sae.W_dec, step.sae
-    draws = moved(torch.rand(self.asked, generator=step.trainer.generator), rows.device)
+    draws = sent(torch.rand(self.asked, generator=step.trainer.generator), rows.device)
     asked = self.members[(draws * self.grouped).long()]
     alike = self.labels[asked][:, None] == self.labels
     weight = self.weight * (self.grouped > 0)

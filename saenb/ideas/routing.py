@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
+from ..base.devices import sent
 from ..base.errors import SaenbError
-from ..data.store import moved
 from .pairs import entropy
 from ..train.mechanism import Mechanism
 
@@ -171,7 +171,7 @@ class PositionContrast(Mechanism):
     def penalty(self, step):
         "The contrastive loss over tokens at positions drawn at random."
         position = step.positions.long()
-        draws = moved(torch.rand(1024, generator=step.trainer.generator), position.device)
+        draws = sent(torch.rand(1024, generator=step.trainer.generator), position.device)
         chosen = draws[position % len(draws)].argsort(stable=True)[:self.tokens]
         f, position = step.f[chosen], position[chosen]
         f = f / f.detach().pow(2).mean().sqrt().clamp_min(1e-12) # of one size, whatever the stream's
@@ -237,7 +237,7 @@ class FeatureInformation(Mechanism):
     def penalty(self, step):
         "Both terms for the batch."
         drawn = torch.randperm(self.d_sae, generator=step.trainer.generator)[:self.asked]
-        asked, carried = moved(drawn, step.f.device), step.f.sum(0)
+        asked, carried = sent(drawn, step.f.device), step.f.sum(0)
         share = carried / carried.sum().clamp_min(1e-30)
         missing = 1 - entropy(share.clamp_min(1e-12)).sum() / torch.tensor(self.d_sae).log()
         return dict(information=self.weights["information"] * normal_information(step.f[:, asked]),
