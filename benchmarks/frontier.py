@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/frontier.py
 
 trains SAELens' TopK, BatchTopK and JumpReLU dictionaries in SAELens' own loop, on the very batches that saenb's frontier records (page 2_dictionary/35_frontier) were trained on, as wide
-and for as many steps, lets saenb judge them, and writes runs/tiny-cues-full/saelens.json, which that page draws beside the records. Each is trained at two learning rates, saenb's
+and for as many steps, lets saenb judge them, and writes runs/architectures-full/saelens.json, which that page draws beside the records. Each is trained at two learning rates, saenb's
 and three times it (--rates names others), and all points are kept. Stopped, it goes on where it was. The environment is that of parity.py, made if it is not there."""
 import argparse
 import itertools
@@ -99,6 +99,6 @@ if __name__ == "__main__":
         parser.add_argument("--rates", type=float, nargs="+", help="learning rates, if not the preset's and three times it")
         parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--out", default="runs", help="folder of stores and records")
-        parser.add_argument("--results", default=HERE.parent/"runs"/"tiny-cues-full"/"saelens.json", help="where the points go")
+        parser.add_argument("--results", default=HERE.parent/"runs"/"architectures-full"/"saelens.json", help="where the points go")
         parser.add_argument("--env", default=HERE/".reference", help="folder of an environment with the other packages; made if it is not there")
         main(parser.parse_args())

@@ -36,6 +36,10 @@ from ..report.figures import draw_figures
 from ..report.logbook import write_logs
 from ..train.trackers import need_tracker
 
+# %% ../../nbs/5_laboratory/109_reproduction.ipynb #ctrlfile
+def _controls_file(preset, seed, out):
+    return Path(out)/preset.name/"controls"/f"seed_{seed}.json"
+
 # %% ../../nbs/5_laboratory/109_reproduction.ipynb #2efae948
 def controls(
     preset: str | Preset = "tiny", # the preset, or its name
@@ -114,9 +118,6 @@ def reproduce(
     return records, drawn + explored(this, out, Path(figures or root/"figures")/"explorer")
 
 # %% ../../nbs/5_laboratory/109_reproduction.ipynb #6d090f20
-def _controls_file(preset, seed, out):
-    return Path(out)/preset.name/"controls"/f"seed_{seed}.json"
-
 def _planned(runs, preset, seeds, common, how) -> tuple[list[Record], list, list]:
     "The records that are asked for, and the work in groups of one recipe: what is there, and what is not."
     records, work, left = [], {}, set()

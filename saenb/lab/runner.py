@@ -323,7 +323,8 @@ def _taken_over(plan, out) -> bool:
     if (record.path/CHECKPOINT).exists(): return False
     for other in find_records(Path(out)/plan.preset.name, variant=None):
         if replace(plan, config=other.config).recipe == plan.recipe and has_dictionary(other):
-            for path in (other.path/LOG, other.path/"timing.json", *other.path.glob("evals/*.json")):
+            results = (other.path/"evals"/f"{name}.json" for name in plan.preset.recorded)
+            for path in (other.path/LOG, other.path/"timing.json", *results):
                 mine = record.path/path.relative_to(other.path)
                 if not path.exists(): continue
                 with atomic_write(mine) as draft: shutil.copyfile(path, draft)
