@@ -41,7 +41,7 @@ def make_frontier(
     preset: str | Preset = "tiny", # the preset, or its name
     out: str = "runs", # where records go
     seeds: int = 3, # of each point
-    grid: dict = GRID, # changes by architecture
+    grid: dict | None = None, # changes by architecture; GRID if not said
     steps: int | None = None, # another training length than the preset's
     evals: tuple[str, ...] = (), # evaluations of each point; those that the preset records by default
 ) -> list[Record]:
@@ -49,7 +49,7 @@ def make_frontier(
     preset = find_preset(preset)
     if evals: preset = replace(preset, recorded=tuple(evals))
     return [run(FRONTIER, preset, seed, out, steps, change, progress=False)
-            for seed in range(seeds) for changes in grid.values() for change in changes]
+            for seed in range(seeds) for changes in (grid or GRID).values() for change in changes]
 
 # %% ../../nbs/2_dictionary/35_frontier.ipynb #front002
 RATE = re.compile(r",lr=[^,]*")
@@ -81,14 +81,14 @@ def best_rates(rows: list[dict], measure: str = "unexplained variance") -> list[
 # %% ../../nbs/2_dictionary/35_frontier.ipynb #f4fd49c2
 def quick_points(
     store: Store, # what is explained
-    grid: dict = GRID, # changes by architecture
+    grid: dict | None = None, # changes by architecture; GRID if not said
     d_sae: int = 384, # features
     steps: int = 60, # of each training, of 512 tokens
 ) -> list[dict]:
     "L0 and unexplained variance of short trainings, in rows as `points` gives them."
     unread = torch.cat([b.x for b, _ in zip(store.batches(512, 0, steps), range(8))]).float()
     rows = []
-    for name, changes in grid.items():
+    for name, changes in (grid or GRID).items():
         for change in changes:
             cfg = TrainConfig(steps=steps, batch=512, warmup=steps // 8, lr=3e-3, log_every=steps,
                               sparsity_penalty=change.get("sparsity_penalty", 0.04))
