@@ -5,7 +5,7 @@
 takes at most eight minutes on one GPU and writes gpu.md beside this file: equal results with the processor, harvest beside
 the bare forward pass of a random Gemma-2-2b, training at 2,304 x 16,384 beside SAELens and dictionary_learning where they
 are installed (here, or in the environment that --env names), the share of the measured rate of bfloat16 products, sixteen
-settings of an exam, and the memory of each. `--device cpu --tiny` runs the same with sizes that tell nothing."""
+settings of an exam, the memory of each, and gemma-2-2b's hours by stage from the rates just measured. `--device cpu --tiny` runs the same with sizes that tell nothing."""
 import argparse
 import datetime
 import importlib.util
@@ -18,7 +18,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1") # all models are made here; shapes are known without asking
+
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from saenb.base.devices import device_name, find_device, use_device, wait_for
 from saenb.base.errors import SaenbError
@@ -29,7 +32,8 @@ from saenb.data.store import Batch
 from saenb.data.world import World
 from saenb.evals.exam import Exam, Grid, UnlearningSetup, feature_stats
 from saenb.evals.unlearning import search
-from saenb.lab.estimates import training_held
+from saenb.lab.estimates import Rates, duration, model_cost, planned_stages, training_held
+from saenb.lab.preset_files import find_preset
 from saenb.sae.sae import SAE, SAEConfig
 from saenb.train.config import TrainConfig
 from saenb.train.trainer import Trainer
@@ -75,6 +79,7 @@ class Bench:
     def __init__(self, device, sizes, minutes, work, theirs):
         self.device, self.sizes, self.work, self.theirs = device, sizes, Path(work), theirs
         self.ends, self.rows, self.rate = time.perf_counter() + 60 * minutes, [], None
+        self.reading = self.step = None # the bare model's share of the rate of products, and seconds of a training step
 
     def note(self, part, what, found, wanted="", reached=None):
         "A row of the report."
@@ -195,12 +200,13 @@ def harvests(bench):
     try:
         bare.model.layers, bare.model.norm = blocks[:layer + 1], torch.nn.Identity()
         bare.config.num_hidden_layers = layer + 1
-        forward()
+        with FlopCounterMode(display=False) as operations: forward()
         times = max(2, s["tokens"] // ids.numel() // 4)
         alone, _ = bench.timed(lambda: [forward() for _ in range(times)])
     finally:
         bare.model.layers, bare.model.norm = blocks, norm
         bare.config.num_hidden_layers = len(blocks)
+    bench.reading = times * operations.get_total_flops() / alone / bench.rate
     alone = times * ids.numel() / alone
     def kept(name, tokens):
         return harvest(model, texts, layer, bench.work/name, seq_len=s["seq_len"], max_tokens=tokens, batch=s["rows"], dtype="bfloat16")
@@ -252,6 +258,7 @@ def trainings(bench):
         for batch in s["batches"]:
             seconds, loss = ours(bench, kind, batch, data, start, scale)
             share = 10 * batch * s["d_in"] * s["d_sae"] / seconds / bench.rate
+            if kind == "relu" and batch == s["batches"][0]: bench.step = seconds
             bench.note("training", f"{kind}, {s['d_in']:,} x {s['d_sae']:,}, {batch:,} tokens a step",
                        f"{1e3 * seconds:.2f} ms, {share:.0%} of the rate of products, loss {loss:.4f}",
                        f"{WANTED['rate']:.0%}" if kind == "relu" else "", share >= WANTED["rate"] if kind == "relu" else None)
@@ -295,6 +302,30 @@ def settings_of_the_exam(bench):
     bench.note("exam", f"{len(rows['score'])} settings, {read:,} tokens read", f"{seconds:.1f} s", f"{WANTED['exam']} s", seconds <= WANTED["exam"])
 
 
+# --- the plan -----------------------------------------------------------------------------------------------------------
+
+def write_rate(bench) -> float:
+    "Bytes a second that reach the disk where this machine keeps what is temporary."
+    block, times = bytes(2**24), 2 if bench.sizes is TINY else 64
+    began = time.perf_counter()
+    with open(bench.work/"written", "wb", buffering=0) as f:
+        for _ in range(times): f.write(block)
+        os.fsync(f.fileno())
+    return times * len(block) / (time.perf_counter() - began)
+
+
+def plan(bench):
+    "The stages of the preset gemma-2-2b, from the rates that the parts above have measured."
+    if None in (bench.rate, bench.reading, bench.step): raise SaenbError("products, harvest and training were not all measured.")
+    preset = find_preset("gemma-2-2b")
+    costs = {name: model_cost(preset, name) for name in (preset.model, preset.answer_model)}
+    disk = write_rate(bench)
+    rates = Rates(device_name(bench.device), products=bench.rate, share=bench.reading, step=bench.step, disk=disk)
+    bench.note("plan of gemma-2-2b", "rests on", f"{bench.reading:.2%} of the rate of products while reading, {1e3 * bench.step:.2f} ms a step at least, "
+               f"{as_size(disk)} a second of disk")
+    for stage in planned_stages(preset, costs, rates): bench.note("plan of gemma-2-2b", stage.name, f"{duration(stage.seconds)} ({stage.why})")
+
+
 # --- the report ---------------------------------------------------------------------------------------------------------
 
 def report(bench, seconds) -> str:
@@ -308,7 +339,8 @@ def report(bench, seconds) -> str:
                       "`wanted` is what a GPU is to reach; `.venv/bin/python benchmarks/gpu.py` measures again.", ""])
 
 
-PARTS = {"device": product_rate, "equal results": equal_results, "harvest": harvests, "training": trainings, "exam": settings_of_the_exam}
+PARTS = {"device": product_rate, "equal results": equal_results, "harvest": harvests, "training": trainings, "exam": settings_of_the_exam,
+         "plan of gemma-2-2b": plan}
 
 
 def peers(env) -> Path | None:

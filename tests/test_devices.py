@@ -1,5 +1,6 @@
 """One notion of a device: how it is found and asked for, what is done when its memory ends, and what is known of it before."""
 import os
+import re
 import runpy
 import subprocess
 from dataclasses import replace
@@ -432,7 +433,12 @@ def test_the_gpus_benchmark_runs_dry(tmp_path, monkeypatch):
     report = program["main"](["--device", "cpu", "--tiny", "--out", str(tmp_path/"gpu.md")]).read_text()
     assert report.startswith("# saenb on a GPU\n") and "tiny" in report and "| failed |" not in report and "left out" not in report
     rows = [line.split(" | ") for line in report.splitlines() if line.startswith("| ")][1:]
-    assert {row[0].removeprefix("| ") for row in rows} == {"device", "equal results", "harvest", "training", "exam"}
+    assert {row[0].removeprefix("| ") for row in rows} == {
+        "device", "equal results", "harvest", "training", "exam", "plan of gemma-2-2b"}
     assert all("| yes |" in line for line in report.splitlines() if line.startswith("| equal results") and "took" not in line)
     assert "16 settings" in report and "relu, 48 x 96" in report and "topk, 48 x 96" in report
+    # tiny sizes tell nothing of hours; that they come of what was measured in the same run does
+    told = re.search(r"rests on \| ([\d.]+)% of the rate of products while reading, ([\d.]+) ms a step", report)
+    step = re.search(r"relu, 48 x 96, 128 tokens a step \| ([\d.]+) ms", report)
+    assert float(told[1]) > 0 and told[2] == step[1] and "all 102 records" in report
     with pytest.raises(SaenbError, match="no GPU here"): program["main"](["--device", "cpu"])
