@@ -23,8 +23,8 @@ from .lab.commands import (
     ANYWAY, ARCHITECTURE, COMMANDS, DEVICE, DICTIONARY, FIGURES, INTERVENTION, OUT, PRESET, STEPS, TRACK,
     above_zero, command, option, preset_of, whole)
 from .lab.engines import waiting_asleep
-from .lab.feature_commands import judged
-from .lab.stopping import signals, stop_at_once
+from .lab.feature_commands import judged, usual_evals
+from .lab.stopping import end_quickly, signals, stop_at_once
 
 # %% ../nbs/5_laboratory/127_cli.ipynb #9a20e53f
 @command()
@@ -76,9 +76,8 @@ def run_command(args):
     change = dict(architecture=args.architecture) if args.architecture else None
     record = run(args.id, preset_of(args), args.seed, args.out, args.steps, change, track=args.track)
     if args.json: return record.info
-    print(record)
-    print(f"Its dictionary, log and results are in {record.path}; "
-          f"{record.path/'notes.md'} tells what was found.")
+    print(record, f"Its dictionary, log and results are in {record.path}; "
+          f"{record.path/'notes.md'} tells what was found.", sep="\n")
 
 # %% ../nbs/5_laboratory/127_cli.ipynb #cd3c8c49
 @command(option("experiments", nargs="*", help="some experiments or runs (default: all)"), PRESET,
@@ -209,18 +208,18 @@ def check_command(args):
               f"`saenb reproduce --preset {args.preset}` all of them.")
 
 # %% ../nbs/5_laboratory/127_cli.ipynb #5f007f8d
-@command(DICTIONARY, option("--evals", help="some evaluations, with commas between (default: all of the "
-                            "preset's; see `saenb list evaluations`)"),
+@command(DICTIONARY, option("--evals", help="some evaluations, with commas between (default: the preset's, "
+                            "those by questions only if recorded; see `saenb list evaluations`)"),
          PRESET, OUT, option("--force", action="store_true", help="judge again even if the result is there"),
          INTERVENTION, ANYWAY, DEVICE)
 def eval_command(args):
     "Judge a dictionary."
-    from saenb.evals.evaluation import evaluation, evaluations
+    from saenb.evals.evaluation import evaluation
     named = list(dict.fromkeys(args.evals.split(","))) if args.evals else []
     for name in named: evaluation(name)
     from saenb.lab.runner import evaluate_sae
     sae, preset, folder, odd = judged(args)
-    names = named or [name for name in evaluations() if name in preset.evals]
+    names = named or usual_evals(preset)
     if folder and args.intervention: # beside the other results, not in their place
         folder = folder/args.intervention
     results = evaluate_sae(sae, preset, folder, names, args.out, args.force, odd)
@@ -377,6 +376,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 def main(arguments: list[str] | None = None) -> int:
     "Run one command; 0 when it went well, 2 when the user can put right what did not."
     waiting_asleep()
+    end_quickly()
     args = parser().parse_args(arguments)
     try:
         if files := args.use + args.used:

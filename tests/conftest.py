@@ -22,9 +22,10 @@ needs_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no browser: on
 
 
 # The slowest notebooks: workers run them first, so that none is left with one when the others have ended.
-SLOW = ("world", "contextual_reference", "training", "cue_model", "contrastive", "unlearning", "sparse_probing", "runner", "positional_results", "routing",
-        "orthogonality", "instrument", "absorption", "orthogonality_results", "position", "random_choice", "controls", "separation", "extend_preset",
-        "extend_intervention", "extend_mechanism", "positional", "dual_objective", "reconstruction", "architectures", "word_lists", "entanglement", "explorer")
+SLOW = ("contextual_reference", "world", "extend_preset", "crisp", "unlearning", "training", "controls", "sparse_probing", "extend_mechanism", "runner", "routing",
+        "position", "extend_intervention", "absorption", "reconstruction", "frontier", "dual_objective", "interventions", "cue_model", "entanglement", "instrument",
+        "cli", "trainer", "word_lists", "contrastive", "extend_architecture", "guardrail", "separation", "conditional", "positional_results", "training_loop",
+        "orthogonality", "tour", "extend_evaluation", "world_model", "positional", "random_choice", "orthogonality_results", "explorer", "architectures")
 
 
 def slowness(item):

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -322,6 +323,46 @@ def test_a_model_that_cannot_spell_gets_a_sentence_and_no_score(model, sae, read
     assert set(result["eval_result_metrics"]["mean"].values()) == {None} and result["eval_result_details"] == []
     assert headline(result) == {} and "the stream does not hold these classes" in as_text(table(result))
     assert isinstance(plot(dict(letters=result)), Figure)
+
+
+def test_a_limit_draws_words_of_each_letter_and_shares_lists(model):
+    tokenizer, limit = model.tokenizer, AbsorptionSetup(max_icl_examples=4, words_per_letter=6, example_lists=2)
+    every, prompts = first_letters(tokenizer, AbsorptionSetup(max_icl_examples=4)), first_letters(tokenizer, limit)
+    there, drawn = Counter(p.label for p in every), Counter(p.label for p in prompts)
+    assert drawn == {letter: min(6, n) for letter, n in there.items()} and max(there.values()) > 6
+    assert {p.word: p.label for p in prompts}.items() <= {p.word: p.label for p in every}.items()
+    assert prompts == first_letters(tokenizer, limit) != first_letters(tokenizer, replace(limit, random_seed=1))
+    trains = {p.word: p.trains for p in prompts}
+    lists = {True: set(), False: set()}
+    for p in prompts:
+        *examples, question = p.text.removeprefix("\n").split("\n")
+        words = tuple(e.split(" has the first letter: ")[0] for e in examples)
+        assert question == f"{p.word} has the first letter:" and len(words) == 4 and p.word not in words
+        assert all(trains[w] == p.trains for w in words)
+        lists[p.trains].add(words)
+    own = {trains: sum(p.trains == trains for p in prompts) for trains in lists} # a word in its own list has another one in its stead
+    assert all(2 <= len(found) <= 2 + 2 * 5 and len(found) < own[part] for part, found in lists.items())
+
+
+def test_shared_lists_give_the_stream_of_each_prompt(model, world, monkeypatch):
+    prompts = first_letters(model.tokenizer, AbsorptionSetup(max_icl_examples=5, words_per_letter=4, example_lists=3))
+    one, together = (read_words(model, world.layer, prompts, together=shared) for shared in (False, True))
+    torch.testing.assert_close(together.x, one.x, atol=1e-4, rtol=1e-4)
+    for name in ("position", "word", "label", "trains"): assert torch.equal(getattr(one, name), getattr(together, name))
+    monkeypatch.setattr("saenb.evals.class_words.supports_prefix_sharing", lambda model: False)
+    assert torch.equal(read_words(model, world.layer, prompts, together=True).x, one.x)
+
+
+def test_a_real_presets_limit_is_its_own():
+    """Existing results keep their ids, and a limit is part of the result's configuration."""
+    from saenb.evals.evaluation import _asked
+    from saenb.lab.presets import setups
+    from saenb.lab.real_presets import adapted, materials
+    setup = adapted(setups(materials()))["absorption"]
+    assert (setup.words, setup.words_per_letter, setup.example_lists) == (None, 200, 40)
+    assert _asked(setup).keys() - _asked(AbsorptionSetup()).keys() == {"words_per_letter", "example_lists"}
+    for bad in (dict(words_per_letter=1), dict(example_lists=0)):
+        with pytest.raises(SaenbError): AbsorptionSetup(**bad)
 
 
 # Bad input

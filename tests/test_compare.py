@@ -142,7 +142,7 @@ MADE = dict(d_sae=64, layer=0, model="made 1", training=dict(steps=300, tokens=N
 @pytest.mark.parametrize("change, words", [
     (dict(training=dict(steps=200)), ["training steps", "200 and 300", "saenb run orthogonality/0 --preset made --seed 0 --steps 200 --out "]),
     (dict(training=dict(lr=0.01)), ["learning rate", "0.01 and 0.001"]), (dict(training=dict(balanced=True)), ["balanced batches"]),
-    (dict(d_sae=128), ["width", "128 and 64"]), (dict(layer=1), ["layer"]), (dict(model="made 2"), ["model", "made 2 and made 1"])])
+    (dict(training=dict(normalise="dimension")), ["normalisation", "dimension and length"]), (dict(d_sae=128), ["width", "128 and 64"]), (dict(layer=1), ["layer"]), (dict(model="made 2"), ["model", "made 2 and made 1"])])
 def test_records_that_were_made_otherwise_are_not_compared(tmp_path, change, words, called, one_sentence):
     made = MADE | change | dict(training=MADE["training"] | change.get("training", {}))
     record(tmp_path, "orthogonality/0", 0, 0.1, config=MADE)

@@ -436,6 +436,14 @@ def test_nothing_heavy_is_imported_before_it_is_asked_for(module):
     assert not {"torch", "matplotlib", "transformers", "scipy", "sklearn"} & set(loaded)
 
 
+def test_a_run_does_not_wait_for_libraries_of_figures_and_probes():
+    """They take longer to import than all of saenb; what uses them imports them, when it is used."""
+    loaded = python("import sys\nimport saenb.lab.runner\nfrom saenb.evals.evaluation import evaluations\n"
+                    "from saenb.ideas.run import all_runs\n"
+                    "assert len(evaluations()) > 7 and len(all_runs()) > 20\nprint(*sys.modules)").split()
+    assert "torch" in loaded and not {"matplotlib", "sklearn", "scipy", "transformers"} & set(loaded)
+
+
 def test_what_tests_and_the_package_read_is_in_the_repository():
     asked = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "tests", "saenb"]
     found = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)

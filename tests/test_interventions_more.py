@@ -12,7 +12,7 @@ from saenb.data.sources import TextSource
 from saenb.evals.exam import Exam, Grid, UnlearningSetup, feature_stats
 from saenb.evals.interventions import crisp, guardrail, rmu
 from saenb.evals.interventions.conditional import LEVELS, retained_bars, shares_above
-from saenb.evals.interventions.intervention import INTERVENTIONS, edited, plain_answers, plain_name
+from saenb.evals.interventions.intervention import INTERVENTIONS, EditBatch, edited, lowest_block, plain_answers, plain_name
 from saenb.evals.unlearned_models import find_setting, unlearn, unlearned, write_unlearned
 from saenb.evals.unlearning import run_settings
 from saenb.sae.sae import SAE, SAEConfig
@@ -225,6 +225,57 @@ def test_losses_and_their_gradients_against_the_formula(random_sae):
     at = keep[..., None]
     sums = lambda x: 0.01 * x.sum() + 0.99 * (at * (x - h0)**2).mean() + 0.0099 * (at * (x + 1 - h0)**2).mean()
     for a, b in zip(grad(whole), grad(sums)): torch.testing.assert_close(a, b)
+
+
+def test_a_step_of_crisp_against_the_plain_way(few, random_sae):
+    """Products beside the matrices, all rows together and what is kept of the untouched model give loss and gradients of the plain loss."""
+    draw, matrices, layer, last = torch.Generator().manual_seed(0), crisp.tuned_matrices(few), few.layer, few.depth - 1
+    start = {n: p + 0.05 * torch.randn(p.shape, generator=draw) for n, p in crisp.factors(matrices, 0).items()}
+    assert set(crisp.linear_maps(few.model, matrices)) == set(matrices)
+    seen, features = [], [1, 4, 30]
+    def tuned(model, begin, weights, loss, rate, stops):
+        for maker in (loss, plainly):
+            moving = {n: p.clone().requires_grad_() for n, p in start.items()}
+            value = maker(moving, 1)
+            value.backward(inputs=list(moving.values()))
+            seen.append([value.detach(), *(p.grad for p in moving.values())])
+    def plainly(parameters, step):
+        weights, count = crisp.with_factors(matrices, parameters), crisp.ROWS * max(crisp.STOPS)
+        kinds = [rmu.drawn_rows(few, side, n * count, few.setup.random_seed) for side, n in (("forget", 1), ("retain", 2))]
+        begins = (0, step * crisp.ROWS), (1, step * crisp.ROWS), (1, count + step * crisp.ROWS)
+        (a, a0, text), (b, b0, there), (c, _, where) = (rmu.stacked(kinds[k][i:i + crisp.ROWS]) for k, i in begins)
+        at = lambda tokens, weights, where: rmu.streams_under(few.model, weights, tokens, (where,))[where]
+        return crisp.crisp_loss(crisp.feature_loss(random_sae, features, at(a, weights, layer), a0, text, 10),
+                                crisp.moved(at(b, weights, layer), b0, there), crisp.moved(at(c, weights, last), at(c, {}, last), where))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crisp, "tuned", tuned)
+        INTERVENTIONS.named("crisp")().train(few, random_sae, features, 10, 1e-3)
+    for fast, plain in zip(*seen): torch.testing.assert_close(fast, plain, atol=1e-5 * plain.abs().max().item() + 1e-9, rtol=1e-3)
+
+
+def test_what_lies_below_an_edit_is_read_once(few, monkeypatch):
+    """An edit of the last block: the same answers, of which only that block is computed; what loses too much is abandoned in the middle."""
+    name, = (n for n, p in few.model.original_model.named_parameters() if f".{few.depth - 1}." in n and n.endswith("down_proj._original_component.weight"))
+    own, name = dict(few.model.original_model.named_parameters())[name], plain_name(name)
+    class Edit:
+        def weights(self, exam, sae, features, values, share): return {name: own.detach() * share}
+    tokens, stream, _ = rmu.stacked(rmu.drawn_rows(few, "retain", 3, 0))
+    with torch.no_grad():
+        whole = rmu.streams_under(few.model, {}, tokens, (few.depth - 1,))[few.depth - 1]
+        same(rmu.streams_under(few.model, {}, tokens, (few.depth - 1,), (few.layer + 1, stream))[few.depth - 1], whole)
+    assert lowest_block({name: own}) == few.depth - 1 and lowest_block({name: own, "model.norm.weight": own}) == 0
+    settings = [([], [], dict(share=share)) for share in (1.0, 0.5, -9.0)]
+    firsts, ask = [], few.answers
+    monkeypatch.setattr(few, "answers", lambda names, inputs, first=0, **how: firsts.append((first, len(names))) or ask(names, inputs, first, **how))
+    for lowest in (0.0, 1.0):
+        monkeypatch.setattr(few, "setup", replace(few.setup, lowest_retain=lowest))
+        batch = EditBatch(few, None, settings, Edit())
+        for (*_, rule), outcome in zip(settings, batch.run()):
+            plain = plain_answers(few, None, [], [], Edit(), **rule)
+            lost = int((~plain & ~few.forgets).sum())
+            assert (outcome.right is None) == (lost > 0 and lowest == 1)
+            if outcome.right is not None: assert torch.equal(outcome.right, plain) and outcome.retain_errors == lost
+    assert {first for first, _ in firsts} == {few.depth - 1}
 
 
 @pytest.mark.parametrize("architecture", ("relu", "jumprelu", "topk,k=9", "batchtopk"))

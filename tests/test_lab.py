@@ -350,3 +350,11 @@ def test_a_page_is_of_the_best_run_or_not_made(baseline, setting, tmp_path):
     before = files(pages)
     assert explored(setting, tmp_path, pages) == [pages/"baseline.html"] and files(pages) == before
     assert explored(setting, tmp_path/"nowhere", pages) == []
+
+
+def test_a_log_that_was_sound_is_looked_at_again_once_it_changes(tmp_path):
+    (tmp_path/"train_log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    record = Record(tmp_path)
+    assert record.log == record.log == [dict(step=1, loss=0.5)]
+    (tmp_path/"train_log.jsonl").write_text('{"step": 1, "loss": "a"}\n') # of the same length
+    with pytest.raises(SaenbError, match="line 1: loss is 'a'"): record.log

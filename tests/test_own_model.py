@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from saenb.base.errors import SaenbError
@@ -25,10 +27,13 @@ from saenb.data.sources import QuestionSource, TextSource, boot
 from saenb.data.store import Store
 from saenb.evals.autopsy import _reason
 from saenb.evals.dominant import directions_in
+from saenb.evals.evaluation import evaluations
 from saenb.evals.exam import Exam, Grid, UnlearningSetup
 from saenb.evals.reconstruction import tally, unexplained, unexplained_apart
+from saenb.lab.feature_commands import usual_evals
 from saenb.lab.preset_files import find_preset
 from saenb.lab.records import Record
+from saenb.lab.reproduction import _chosen
 from saenb.sae.sae import SAE, SAEConfig, load_sae
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,16 @@ def home(once):
             words = sorted({word for word in text.replace(".", " ").split() if word.isalpha()})
             rows = [dict(question=" ".join(draw.choices(words, k=5)), choices=draw.sample(words, 4), answer=draw.randrange(4)) for _ in range(6)]
             (folder/f"ask_{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            say_what_it_answers(folder, side, rows)
+
+    def say_what_it_answers(folder, side, rows):
+        """The same questions in another file, right where the model gives an answer in all wordings."""
+        said, examiner = folder/f"said_{side}.jsonl", Examiner(boot(folder/"model"))
+        asked = QuestionSource("said", str(said), asked="continuation")
+        for answer in range(4):
+            for row in rows: row["answer"] = row.get("said", answer)
+            said.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "said"}) + "\n" for row in rows))
+            for i in examiner.find_known((asked,))["said"]: rows[i]["said"] = rows[i]["answer"]
     return once("own-model", fill)
 
 
@@ -149,6 +164,20 @@ def test_from_a_model_to_the_feature_page_without_a_question(here, preset, tmp_p
     assert code == 0 and "unexplained variance" in out and "score" not in out
 
 
+def test_a_preset_may_leave_its_questions_out_of_records(here, preset, tmp_path):
+    text = (tmp_path/"my.toml").read_text()
+    for old in ("# [questions]", "# forget = ", "# retain = "): text = text.replace(old, old[2:])
+    (tmp_path/"my.toml").write_text('recorded = ["core"]\n' + text.replace("questions_", "ask_"))
+    code, out, _ = here("check --preset my.toml")
+    assert code == 0 and "ask_" not in out and "questions" not in out
+    assert here("run orthogonality/0 --preset my.toml --steps 4")[0] == 0
+    record, found = Record(tmp_path/"runs/my/orthogonality/run_0/seed_0"), find_preset("my.toml")
+    assert set(record.evaluations) == {"core"} and not record.scored and "no score" in (record.path/"notes.md").read_text()
+    assert "unlearning" in found.evals and "core" in usual_evals(found) and not {"unlearning", "random_choice"} & set(usual_evals(found))
+    assert usual_evals(replace(found, recorded=())) == [name for name in evaluations() if name in found.evals]
+    assert here("explore --preset my.toml --contexts 1 --effects 1", record.path)[0] == 0
+
+
 def test_all_records_of_an_experiment_without_a_question(here, preset, tmp_path):
     code, out, err = here("reproduce contrastive --preset my.toml --steps 4 --jobs 1 --json")
     assert code == 0, err
@@ -207,15 +236,15 @@ def test_commands_name_the_preset_that_fits(here, preset, tmp_path):
     refused(here("eval mine"), "it explains layer 1, and the preset reads layer 0", "--preset my.toml", "--anyway")
 
 
-def test_a_dictionary_with_a_gate_of_ones_own_is_trained_and_judged(here, preset, tmp_path):
+def test_a_dictionary_with_a_gate_of_ones_own_is_trained_and_judged(here, preset, tmp_path, monkeypatch):
     (tmp_path/"my_gates.py").write_text("""
-from saenb import Mechanism, Run
+from saenb import Experiment, Mechanism, Run
 
 class HalvedGate(Mechanism):
     "Halves activations."
     def gate(self, x, f, positions=None): return f / 2
 
-HALVED = Run("mine/9", "Halved", "Activations are halved.", (("HalvedGate", {}),))
+MINE = Experiment("mine", "Mine", runs=(Run("mine/9", "Halved", "Activations are halved.", (("HalvedGate", {}),)), Run("mine/0", "Plain", "Nothing.")))
 """)
     assert here("harvest --preset my.toml")[0] == 0
     code, _, err = here("train runs/my/store mine --run mine/9 --steps 5 --batch 64 --use my_gates.py")
@@ -223,6 +252,27 @@ HALVED = Run("mine/9", "Halved", "Activations are halved.", (("HalvedGate", {}),
     code, out, err = here("eval mine --preset my.toml --evals core --use my_gates.py")
     assert code == 0 and "unexplained" in out, err
     assert "mine/9" in here("list runs --use my_gates.py")[1]
+    # its record, which the other commands find by the same option; what is used is forgotten after each, as in a process of its own
+    def alone(line):
+        monkeypatch.delenv("SAENB_USE", raising=False)
+        return here(line)
+    refused(alone("run mine/9 --preset my.toml --steps 5"), "no run called 'mine/9'")
+    assert alone("run mine/9 --preset my.toml --steps 5 --use my_gates.py")[0] == 0
+    refused(alone("compare runs/my/mine"), "the file that declares the experiment mine")
+    refused(alone("compare runs/my/mine --use my_gates.py"), "`saenb run mine/0 --preset my.toml --seed 0 --steps 5 --use ", "my_gates.py`")
+    assert alone("run mine/0 --preset my.toml --steps 5 --use my_gates.py")[0] == 0
+    code, out, _ = alone("compare runs/my/mine --use my_gates.py")
+    assert code == 0 and out.index("mine/0") < out.index("mine/9")
+    assert alone("explore runs/my/mine/run_9/seed_0 --preset my.toml --contexts 1 --effects 0 --use my_gates.py")[0] == 0
+    code, out, _ = alone("export runs/my/mine/run_9/seed_0 exported --to saelens --use my_gates.py")
+    assert code == 0 and "Without HalvedGate" in out and load_sae("exported").cfg.gates[0]["name"] == "HalvedGate"
+
+
+@pytest.mark.parametrize("text, said", [(None, "no file"), ("1 / 0", "ZeroDivisionError")])
+def test_a_file_that_cannot_be_used_is_named_and_forgotten(here, tmp_path, text, said):
+    if text: (tmp_path/"broken.py").write_text(text)
+    refused(here("list runs --use broken.py"), "broken.py", said)
+    assert here("list runs")[0] == 0
 
 
 @pytest.mark.parametrize("change, said", [
@@ -256,14 +306,7 @@ def test_check_asks_the_sample_as_the_exam_does(here, preset, tmp_path):
     """The answers are those that the model gives by continuation, so what it says the same in all wordings is known."""
     examiner, known = Examiner(boot("model")), {}
     for side in ("forget", "retain"):
-        rows = [json.loads(line) for line in (tmp_path/f"ask_{side}.jsonl").read_text().splitlines()]
-        known[side] = 0
-        for answer in range(4):
-            for row in rows: row["answer"] = answer if "done" not in row else row["answer"]
-            (tmp_path/f"said_{side}.jsonl").write_text("".join(json.dumps({k: v for k, v in row.items() if k != "done"}) + "\n" for row in rows))
-            found = examiner.find_known((QuestionSource("said", str(tmp_path/f"said_{side}.jsonl"), asked="continuation"),))["said"]
-            for i in found: rows[i]["done"] = True
-        known[side] = len(found)
+        known[side] = len(examiner.find_known((QuestionSource("said", f"said_{side}.jsonl", asked="continuation"),))["said"])
     assert min(known.values()) > 0
     text = (tmp_path/"my.toml").read_text()
     for old in ("# [questions]", "# forget = ", "# retain = ", "# asked = "): text = text.replace(old, old[2:])
@@ -274,7 +317,6 @@ def test_check_asks_the_sample_as_the_exam_does(here, preset, tmp_path):
 
 def test_known_questions_are_named_by_what_the_model_holds(home, tmp_path):
     """Not by where its folder lies, nor by a part of its weights; a list that an earlier version named is still read."""
-    from safetensors.torch import load_file, save_file
     for name in ("one", "two", "later"): shutil.copytree(home/"model", tmp_path/name)
     weights = load_file(tmp_path/"later"/"model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"] *= 1.5
@@ -297,25 +339,27 @@ def test_known_questions_are_named_by_what_the_model_holds(home, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ stopping
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_whoever_stops_a_training_finds_it_saved(here, preset, tmp_path, how):
-    if not (tmp_path/"store").exists(): here("harvest store --model model --layer 1 --texts forget.txt:forget --tokens 4000 --seq-len 64")
-    process = subprocess.Popen([sys.executable, "-m", "saenb", "train", "store", "mine", "--steps", "1000000", "--batch", "64"], stderr=subprocess.PIPE, text=True,
+@pytest.mark.parametrize("how, command, folder", [
+    (signal.SIGINT, "train store mine --steps 1000000 --batch 64", "mine"), (signal.SIGTERM, "run orthogonality/0 --preset my.toml --steps 1000000", "runs/my/orthogonality/run_0/seed_0"),
+    (signal.SIGHUP, "train store many --steps 1000000 --batch 64 --each lr=0.001,0.002", "many/lr=0.001")])
+def test_whoever_stops_a_training_finds_it_saved(here, preset, tmp_path, how, command, folder):
+    here("harvest --preset my.toml" if command.startswith("run") else "harvest store --model model --layer 1 --texts forget.txt:forget --tokens 4000 --seq-len 64")
+    process = subprocess.Popen([sys.executable, "-m", "saenb", *command.split()], stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=lambda: [signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
-    log, ends = tmp_path/"mine"/"train_log.jsonl", time.time() + 120
+    log, ends = tmp_path/folder/"train_log.jsonl", time.time() + 120
     while not (log.exists() and log.stat().st_size):
         assert process.poll() is None and time.time() < ends
         time.sleep(0.01)
     began = time.time()
     process.send_signal(how)
     assert process.wait(30) == 128 + how
-    assert time.time() - began < (2 if os.getloadavg()[0] < os.cpu_count() else 20)
+    assert time.time() - began < 2 * max(1, os.getloadavg()[0] / os.cpu_count())
     said = process.stderr.read().splitlines()[-1]
-    assert said.startswith("saenb: Stopped after step ") and "the checkpoint is in mine" in said
+    assert said.startswith("saenb: Stopped after step ") and f"the checkpoint is in {folder}" in said
     step = int(said.split()[4].replace(",", ""))
-    assert step > 0 and (tmp_path/"mine"/"checkpoint.safetensors").exists()
+    assert step > 0 and (tmp_path/folder/"checkpoint.safetensors").exists()
     from safetensors import safe_open
-    with safe_open(tmp_path/"mine"/"checkpoint.safetensors", "pt") as f: assert json.loads(f.metadata()["saenb"])["step"] == step
+    with safe_open(tmp_path/folder/"checkpoint.safetensors", "pt") as f: assert json.loads(f.metadata()["saenb"])["step"] == step
 
 
 # ------------------------------------------------------------------------------------------------ hostile use
@@ -324,6 +368,12 @@ def test_memory_is_estimated_before_it_is_asked_for(here, preset):
     assert here("harvest store --model model --layer 1 --texts forget.txt:forget --tokens 4000 --seq-len 64")[0] == 0
     refused(here("train store mine --d-sae 400000000000 --steps 1"), "needs", "of memory")
     with pytest.raises(SaenbError, match="needs 1,000,000.0 GB of memory"): need_memory(10**15, "This")
+    text = Path("my.toml").read_text()
+    for wide in (text.replace("batch = 64", f"batch = {10**14}"), text.replace("d_sae = 128", f"d_sae = {10**14}")):
+        assert wide != text
+        Path("wide.toml").write_text(wide)
+        code, out, err = here("check --preset wide.toml")
+        assert code == 2 and "models, training and evaluations" in err and "000.0 GB" in out
     assert [as_size(n) for n in (0, 999, 2_000_000, 3e9)] == ["0 bytes", "1.0 kB", "2.0 MB", "3.0 GB"]
 
 
@@ -415,7 +465,6 @@ def test_what_is_unexplained_apart_from_a_direction_that_dominates(fresh):
 
 
 def test_check_warns_of_a_stream_that_one_direction_dominates(here, preset, tmp_path):
-    from safetensors.torch import load_file, save_file
     (tmp_path/"model").unlink()
     shutil.copytree(Path(os.path.realpath(tmp_path/"forget.txt")).parent/"model", tmp_path/"model")
     weights = load_file(tmp_path/"model"/"model.safetensors")
@@ -423,19 +472,63 @@ def test_check_warns_of_a_stream_that_one_direction_dominates(here, preset, tmp_
     save_file(weights, tmp_path/"model"/"model.safetensors", metadata=dict(format="pt"))
     code, out, _ = here("check --preset my.toml")
     line = next(line for line in out.splitlines() if "one direction holds" in line)
-    assert code == 0 and line.startswith("?") and "apart from it" in line
+    assert code == 0 and line.startswith("?") and "apart from it" in line and 'normalise = "dimension"' in line
+
+
+def test_a_preset_can_count_all_dimensions_alike(here, preset, tmp_path):
+    """What is saved is a plain dictionary of the stream as it is, in SAELens' form too; gates that read the stream are refused before any work."""
+    text = (tmp_path/"my.toml").read_text()
+    assert '# normalise = "dimension"' in text
+    (tmp_path/"my.toml").write_text(text.replace("# normalise", "normalise"))
+    refused(here("run positional/6 --preset my.toml"), "reads the stream itself", "choose another run")
+    assert not (tmp_path/"runs").exists()
+    assert "positional/6" in {r.id for r in _chosen({"contrastive", "positional/6"}, find_preset("my.toml"))} # it is named, so it is refused then
+    left = {r.id for r in _chosen({"positional"}, find_preset("my.toml"))} # of an experiment that is named as a whole
+    assert {"positional/0", "positional/1"} <= left and not {"positional/4", "positional/6"} & left
+    assert here("run orthogonality/0 --preset my.toml")[0] == 0
+    record, store = Record(tmp_path/"runs/my/orthogonality/run_0/seed_0"), Store.open(tmp_path/"runs/my/store")
+    assert record.config["training"]["normalise"] == "dimension" and "of the normalised stream" in (record.path/"notes.md").read_text()
+    assert here(f"export {record.path} --to saelens saelens")[0] == 0 and here("train runs/my/store mine --normalise dimension --steps 30 --batch 64")[0] == 0
+    x = store.rows(0, 2000).x.float()
+    for folder in (record.path/"sae", tmp_path/"saelens", tmp_path/"mine"/"sae"):
+        w, cfg = load_file(folder/"sae_weights.safetensors"), json.loads((folder/"cfg.json").read_text())
+        assert (cfg["architecture"], cfg["normalize_activations"], cfg["apply_b_dec_to_input"]) == ("standard", "none", True)
+        f = torch.relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+        torch.testing.assert_close(load_sae(folder)(x).detach(), out := f @ w["W_dec"] + w["b_dec"])
+        assert (x - out).pow(2).sum() < 0.9 * (x - x.mean(0)).pow(2).sum()
 
 
 # ------------------------------------------------------------------------------------------------ commands only
 
-@pytest.mark.skipif("SAENB_NEWCOMER" not in os.environ, reason="it starts a process for each of ten commands; SAENB_NEWCOMER=1 lets it run")
-def test_a_newcomer_needs_commands_only(home, tmp_path):
-    """The script that does it from a wheel in an empty folder, here with the package as it lies."""
-    command = tmp_path/"saenb"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m saenb "$@"\n')
+CLIENT = """
+import json, os, socket, sys
+with socket.create_connection(("127.0.0.1", int(os.environ["SERVED_AT"]))) as s, s.makefile("rw") as f:
+    print(json.dumps([os.getcwd(), sys.argv[1:]]), file=f, flush=True)
+    code, out, err = json.loads(f.readline())
+print(out, end=""), print(err, end="", file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_a_newcomer_needs_commands_only(home, here, tmp_path, monkeypatch):
+    """The script that goes from an empty folder to the feature page; its commands are run by this process, since starting one for each would take most of the time."""
+    command, at = tmp_path/"saenb", tmp_path/"empty"
+    command.write_text(f"#!{sys.executable} -SE{CLIENT}")
     command.chmod(0o755)
-    (tmp_path/"empty").mkdir()
-    done = subprocess.run(["sh", ROOT/"tests"/"newcomer.sh", home/"model"], cwd=tmp_path/"empty", capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "SAENB": str(command), "TOKENS": "6000", "STEPS": "20", "ROWS": "12"})
-    assert done.returncode == 0, done.stdout[-800:] + done.stderr[-2000:]
-    assert (tmp_path/"empty"/"features.html").stat().st_size > 10_000 and "$ saenb compare runs/my/contrastive" in done.stdout
+    at.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server, open(tmp_path/"said", "w") as said:
+        server.settimeout(0.1)
+        own = dict(SAENB=command, SERVED_AT=server.getsockname()[1], TOKENS=6000, STEPS=20, ROWS=12, ASK_FORGET=home/"said_forget.jsonl", ASK_RETAIN=home/"said_retain.jsonl")
+        script = subprocess.Popen(["sh", ROOT/"tests"/"newcomer.sh", home/"model"], cwd=at, stdout=said, stderr=said, env=os.environ | {k: str(v) for k, v in own.items()})
+        while script.poll() is None:
+            with contextlib.suppress(TimeoutError):
+                with server.accept()[0] as asking, asking.makefile("rw") as f:
+                    folder, arguments = json.loads(f.readline())
+                    monkeypatch.chdir(folder)
+                    print(json.dumps(here("", *arguments)), file=f, flush=True)
+    told = (tmp_path/"said").read_text()
+    assert script.returncode == 0, told[-2000:]
+    commands = [line.split()[2] for line in told.splitlines() if line.startswith("$ saenb ")]
+    assert commands == "harvest train train preset check eval eval run run compare explore".split()
+    assert "questions" in told and "held-out score" in told and "unexplained variance" in told and (at/"features.html").stat().st_size > 10_000
+    assert (at/"alike/sae/cfg.json").exists() and (at/"runs/my/contrastive/run_1/seed_0/notes.md").exists()

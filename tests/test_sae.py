@@ -7,7 +7,7 @@ import torch
 import saenb
 from saenb.base.errors import SaenbError
 from saenb.sae.gates import MECHANISMS, make_mechanism
-from saenb.sae.sae import SAE, SAEConfig
+from saenb.sae.sae import SAE, SAEConfig, high_quantile
 from saenb.train.mechanism import Mechanism
 
 
@@ -39,6 +39,13 @@ def test_initialisation_comes_from_data_and_seed(fresh, store):
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.cfg.d_sae))
     assert abs((sae.encode(x) > 0).float().mean().item() - 0.05) < 0.02
     assert sae.fingerprint() == fresh().fingerprint() != fresh(seed=1).fingerprint()
+
+
+@pytest.mark.parametrize("q", [0.95, 1 - 3e-4, 0.5, 0.0, 1.0])
+def test_a_quantile_is_to_the_bit_what_sorting_gives(q):
+    for shape in ((8192, 3), (1000, 7), (20, 2), (2, 3), (1, 4)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).round(decimals=1) # some are equal
+        for values in (x, x.double()): assert torch.equal(high_quantile(values, q), torch.quantile(values, q, dim=0))
 
 
 def test_saved_and_loaded_by_every_door(trained, store, tmp_path):

@@ -35,7 +35,10 @@ def use(*files: str | Path):
     named = [str(Path(f).absolute()) if str(f).endswith(".py") else str(f) for f in files]
     before = [f for f in os.environ.get(USED, "").split(os.pathsep) if f]
     os.environ[USED] = os.pathsep.join(dict.fromkeys([*before, *named]))
-    used_modules()
+    try: used_modules()
+    except BaseException: # or whoever looks for declarations later would meet it again
+        os.environ[USED] = os.pathsep.join(before)
+        raise
 
 def used_modules() -> tuple[ModuleType, ...]:
     "The modules of all used files."

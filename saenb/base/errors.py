@@ -23,7 +23,10 @@ def shorten(value) -> str:
     "Anything in a few printable words of one line: what a broken file holds may be of any length."
     text = (str(value)
             if isinstance(value, (str, Exception)) else repr(value)).strip().partition("\n")[0].rstrip(".")
-    return "".join(c if c.isprintable() else "?" for c in text[:80]) + "…" * (len(text) > 80)
+    short = text[:80]
+    if not short.isprintable():
+        short = "".join(c if c.isprintable() else "?" for c in short)
+    return short + "…" * (len(text) > 80)
 
 @cache
 def warn_once(text: str):

@@ -32,8 +32,12 @@ def schema_error(value, shape) -> str | None:
 def schema_mismatch(value, shape) -> str | None:
     "The same, as what follows the value's name in a sentence."
     if isinstance(shape, tuple):
-        found = [schema_mismatch(value, s) for s in shape]
-        return None if None in found else found[0]
+        first = None
+        for one in shape:
+            odd = schema_mismatch(value, one)
+            if odd is None: return None # without asking the others
+            first = first or odd
+        return first
     if isinstance(shape, dict) and isinstance(value, dict):
         return dict_mismatch(value, shape)
     if isinstance(shape, list) and isinstance(value, list):

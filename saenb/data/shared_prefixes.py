@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARING', 'prefix_ids', 'Trie', 'ready', 'attend', 'replaced', 'only_above', 'only_at', 'attending',
-           'flush_denormals', 'supports_prefix_sharing', 'Ends', 'read_ends', 'final_logits']
+           'flush_denormals', 'supports_prefix_sharing', 'Ends', 'read_ends', 'final_logits', 'leaf_streams']
 
 # %% ../../nbs/appendix/141_shared_prefixes.ipynb #f481b2d4
 from contextlib import contextmanager
@@ -266,6 +266,24 @@ def _turned(hf, x, places):
     if hf.config.model_type != "gemma3_text": return [turn(x, places)] * depth
     kinds = {kind: turn(x, places, kind) for kind in set(hf.config.layer_types)}
     return [kinds[kind] for kind in hf.config.layer_types]
+
+# %% ../../nbs/appendix/141_shared_prefixes.ipynb #851f4eec
+@torch.no_grad()
+def leaf_streams(
+    model, # a model that can read a trie
+    trie: Trie, # the sequences
+    tokens: torch.Tensor, # the token of each node
+    layer: int, # the block behind which the stream is read
+) -> torch.Tensor:
+    "The stream at each sequence's last place, every node computed once, [sequences, d]."
+    hf, device = model.original_model, torch.device(model.cfg.device)
+    x, places = hf.get_input_embeddings()(sent(tokens, device))[None], sent(trie.place[None], device)
+    queries = ready(trie.queries(trie.chunk if device.type == "cpu" else trie.chunk_there), device)
+    with flush_denormals(), attending(model):
+        for block, turn in zip(model.blocks[:layer + 1], _turned(hf, x, places)):
+            x = _stream(block.original_component(x, position_ids=places, position_embeddings=turn,
+                                                 attention_mask=None, queries=queries))
+    return x[0, sent(trie.leaves[trie.leaf], device)]
 
 # %% ../../nbs/appendix/141_shared_prefixes.ipynb #11f825b1
 def _padded(model, trie, x, first):

@@ -160,8 +160,10 @@ def _checked(row: dict, here: str, asked: str) -> dict:
     if not isinstance(fact, (str, int, float, type(None))):
         raise SaenbError(f"{here} has a fact that is neither a text nor a number; "
                          "name the fact, or leave that column out.")
+    # a column of that name that holds no steps is about something else
+    steps = {"distance": row["distance"]} if type(row.get("distance")) is int else {}
     return (dict(question=row["question"], choices=choices, answer=row["answer"])
-            | ({} if fact is None else dict(fact=fact)))
+            | ({} if fact is None else dict(fact=fact)) | steps)
 
 def _listed(choices):
     "Choices as a list, which a .csv holds as a text."

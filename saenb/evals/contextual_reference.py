@@ -75,14 +75,17 @@ def learned_gates(exam: Exam, half: int, allowed=(0.1, 0.03, 0.01, 0.003, 0.0005
 # %% ../../nbs/4_evaluation/83_contextual_reference.ipynb #88c65f9b
 STRENGTHS = (1, 2, 4, 8, 16) # of the push, in units of the difference of the sides' means
 
-def contextual_reference(exam: Exam) -> dict:
+def contextual_reference(
+    exam: Exam, # the questions
+    strengths: tuple[int, ...] = STRENGTHS, # those that are tried
+) -> dict:
     "Held-out shares forgotten and retained with gates learned on the one half and reported on the other."
     floor, reports = exam.setup.retain_floor, []
     for half in (0, 1):
         gates, intervention = learned_gates(exam, half), INTERVENTIONS.named(exam.setup.intervention)()
         stats = FeatureStats(*[np.ones(len(gates.bars))] * 3)
         settings = [dict(retain_threshold=1.0, n_features=1, multiplier=s - 1, typical=True,
-                         features=np.array([i])) for i in range(len(gates.bars)) for s in STRENGTHS]
+                         features=np.array([i])) for i in range(len(gates.bars)) for s in strengths]
         answers = answers_in(run_settings(exam, gates, settings, stats, intervention)[0], exam)
         best = chosen(answers, half, floor)
         right = exam.base.numpy() if best is None else answers.right[best]

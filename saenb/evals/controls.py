@@ -17,7 +17,7 @@ from .halves import held_out_fields
 from .random_choice import drawn_at_random
 from .unlearning import LEVELS, answers_in, levels_from, score_of, trade_off
 from .word_lists import word_lists
-from ..sae.sae import SAE, SAEConfig
+from ..sae.sae import SAE, SAEConfig, high_quantile
 
 # %% ../../nbs/4_evaluation/80_controls.ipynb #a06de9c1
 def untrained(cfg: SAEConfig, x: torch.Tensor, seed: int = 0) -> SAE:
@@ -63,7 +63,7 @@ def supervised_reference(
     ridge = 1e-3 * within.diagonal().mean() * torch.eye(cfg.d_in)
     normal = torch.linalg.solve(within + ridge, (centres - mean).T)
     normal = normal / normal.norm(dim=0)
-    threshold = torch.quantile((retain - mean) @ normal, 1 - allowed, dim=0)
+    threshold = high_quantile((retain - mean) @ normal, 1 - allowed)
     # in units in which eight typical activations are the distance to the cluster, so that clamping by
     # multiples of them means the same for all
     over = torch.relu((forget - mean) @ normal - threshold)

@@ -12,7 +12,6 @@ from textwrap import fill
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from ..base.devices import sent
 from ..base.schemas import MAYBE, matrix
@@ -105,8 +104,9 @@ def table(result: dict) -> list[dict]:
     return [dict(measure=name, **dict(zip(("value", "low", "high"), ours[k] or (None,) * 3)))
             for k, name in NAMES.items()]
 
-def plot(named: dict[str, dict]) -> Figure:
+def plot(named: dict[str, dict]):
     "The correlations of each dictionary's densest features, one picture each."
+    from matplotlib.figure import Figure
     columns = min(3, len(named))
     lines = -(-len(named) // columns)
     fig = Figure(figsize=(1.4 + 1.6 * columns, 0.6 + 2 * lines), layout="constrained")

@@ -39,7 +39,7 @@ class Evaluation:
     headline: Callable # headline(result) gives the important numbers, each as (value, low, high)
     table: Callable # table(result) gives rows
     plot: Callable # plot({name: result}) gives a figure
-    setup: Callable # setup(materials) gives the setup of a preset
+    setup: Callable # setup(materials) gives the setup of a preset; None where something is lacking
     schema: object = dict # the shape of `eval_result_unstructured`
     details: object = None # the shape of `eval_result_details`, where it is checked
     whole: Callable | None = None # whole(result) gives an error that shapes cannot express
@@ -49,6 +49,7 @@ class Evaluation:
     summary: Callable | None = None # summary(result) gives fields of final_info.json (main evaluation)
     notes: Callable | None = None # notes(result) gives lines and a sentence for a record's page
     rank: int = 100 # its place among the evaluations, the lowest first
+    follows: str | None = None # the evaluation whose result `evaluate` is given as well
 
     @cached_property
     def shape(self):
@@ -87,6 +88,7 @@ class Materials:
     seq_len: int | None = None # tokens a row, if not the evaluations' own
     quick: bool = False # whether the budget is a quick one
     dataset_size: int | None = None # rows of text a corpus, if not the evaluations' own
+    nearby: tuple[QuestionSource, ...] = () # on what lies near the first subject, in no score
 
     @property
     def corpora(self) -> dict:

@@ -90,7 +90,7 @@ class Exam(Examiner):
         readings: Readings | None = None, # what the layer made of texts before, for other evaluations
     ):
         super().__init__(model, setup.batch_tokens)
-        self.setup, self.layer = setup, layer
+        self.setup, self.layer, self.cache = setup, layer, cache
         self.readings = readings or Readings(model, layer, setup.batch_tokens)
         self.depth = model.cfg.n_layers
         self.known = self._known(cache)

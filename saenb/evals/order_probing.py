@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 
 from ..base.devices import sent
 from ..base.errors import SaenbError
@@ -127,6 +126,7 @@ def text_vectors(readings: Readings, rows: torch.Tensor, read) -> dict[str, np.n
 # %% ../../nbs/4_evaluation/93_order_probing.ipynb #fec1c926
 def pair_scores(train: np.ndarray, test: np.ndarray, features) -> np.ndarray:
     "The share of each test pair that a probe on these features gets right; labels 1 and 0 alternate."
+    from sklearn.linear_model import LogisticRegression
     centre, spread = train[:, features].mean(0), train[:, features].std(0)
     spread[spread == 0] = 1
     labels = lambda texts: np.tile([1, 0], len(texts) // 2)

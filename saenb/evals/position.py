@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from scipy.stats import t as student
 
 from ..base.devices import sent
 from ..base.errors import SaenbError
@@ -163,9 +161,10 @@ def specialisation(counted: Tally, setup: PositionalSetup) -> dict[str, torch.Te
 # %% ../../nbs/4_evaluation/92_position.ipynb #1b7e9b04
 def jackknife(counted: Tally, statistics) -> list[tuple[float, float, float]]:
     "`statistics(tally)`, each with its 95 % interval, by leaving out groups of rows."
+    from scipy.stats import t
     groups, values = len(counted.tokens), statistics(counted)
     left_out = np.array([statistics(counted.without(i)) for i in range(groups)])
-    half = (student.ppf(0.975, groups - 1)
+    half = (t.ppf(0.975, groups - 1)
             * np.sqrt((groups - 1) / groups * ((left_out - left_out.mean(0))**2).sum(0)))
     return [(v, v - h, v + h) for v, h in zip(values, half.tolist())]
 
@@ -294,8 +293,9 @@ def table(result: dict) -> list[dict]:
             for name, v, control, reference in rows]
 
 # %% ../../nbs/4_evaluation/92_position.ipynb #2f140d21
-def plot(named: dict[str, dict]) -> Figure:
+def plot(named: dict[str, dict]):
     "How specialised each dictionary's features are, and how well they tell order."
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(2, 3))
     for name, result in named.items():

@@ -10,7 +10,6 @@ __all__ = ['MEASURES', 'RANDOM_CHOICE', 'shuffled', 'RandomChoiceSetup', 'evalua
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from .evaluation import Evaluation, Materials, as_saebench, check_dictionary
 from .exam import Exam, FeatureStats, UnlearningSetup, feature_stats
@@ -80,8 +79,9 @@ def table(result: dict) -> list[dict]:
     return [dict(measure=name, value=value, low=low, high=high)
             for name, (value, low, high) in headline(result).items()]
 
-def plot(named: dict[str, dict]) -> Figure:
+def plot(named: dict[str, dict]):
     "The draws of several results."
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(1.6 + 0.8 * len(named), 3.2), layout="constrained")
     ax = fig.subplots()
     for i, result in enumerate(named.values()):

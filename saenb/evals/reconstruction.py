@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from ..base.devices import sent
 from ..base.errors import SaenbError
@@ -352,8 +351,9 @@ def table(result: dict) -> list[dict]:
             for side in ("forget", "retain", "both")]
 
 # %% ../../nbs/4_evaluation/88_reconstruction.ipynb #6e5d3ba2
-def plot(named: dict[str, dict]) -> Figure:
+def plot(named: dict[str, dict]):
     "Densities, the price of sparsity, and what the model keeps."
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(11, 3.2), layout="constrained")
     densities, price, kept = fig.subplots(1, 3)
     for i, (name, result) in enumerate(named.items()):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from ..base.devices import sent
 from ..base.errors import SaenbError
@@ -319,8 +318,9 @@ def table(result: dict) -> list[dict]:
     return rows
 
 # %% ../../nbs/4_evaluation/94_separation.ipynb #eae13e88
-def plot(named: dict[str, dict]) -> Figure:
+def plot(named: dict[str, dict]):
     "Each dictionary's importance on both sides, and its features' AUROCs, a line each."
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(6.2, 1.2 + 1.7 * len(named)), layout="constrained")
     axes = fig.subplots(len(named), 2, squeeze=False, sharey="col", sharex="col")
     for (name, result), (left, right) in zip(named.items(), axes):

@@ -14,8 +14,6 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from ..base.devices import sent
@@ -46,6 +44,7 @@ def largest_difference(x: torch.Tensor, labels: torch.Tensor, k: int) -> torch.T
 def regression_right(x: torch.Tensor, labels: torch.Tensor, test_x: torch.Tensor,
                      test_labels: torch.Tensor) -> torch.Tensor:
     "Which test texts a logistic regression gets right."
+    from sklearn.linear_model import LogisticRegression
     probe = LogisticRegression(C=1.0, max_iter=1000).fit(x.cpu().numpy(), labels.numpy())
     return torch.from_numpy(probe.predict(test_x.cpu().numpy())) == test_labels
 
@@ -248,8 +247,9 @@ def table(result: dict) -> list[dict]:
     return rows
 
 # %% ../../nbs/4_evaluation/87_sparse_probing.ipynb #af62d2b8
-def plot(named: dict[str, dict]) -> Figure:
+def plot(named: dict[str, dict]):
     "Accuracy by number of features, with the stream's channels; on the right one feature, set by set."
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(10, 3.8), layout="constrained")
     few, sets = fig.subplots(1, 2)
     drawn = {}

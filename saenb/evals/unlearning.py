@@ -12,7 +12,6 @@ import time
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from ..base.schemas import COUNT, only, share, share_interval
 from .evaluation import Evaluation, Materials, as_saebench, check_dictionary
@@ -201,8 +200,9 @@ def table(result: dict) -> list[dict]:
     return rows + [dict(measure=f"forgotten at {float(level):.1%} retained", value=1 - left)
                    for level, left in ours["best_at"].items()]
 
-def plot(named: dict[str, dict]) -> Figure:
+def plot(named: dict[str, dict]):
     "The trade-off of several results."
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(5.2, 3.4), layout="constrained")
     ax = fig.subplots()
     for name, result in named.items():

@@ -8,9 +8,6 @@ __all__ = ['living', 'close', 'tree', 'in_order', 'groups', 'sizes', 'agreement'
 # %% ../../nbs/3_ideas/46_clusters.ipynb #0514486e
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
-from scipy.spatial.distance import squareform
-from sklearn.metrics import adjusted_rand_score
 
 from ..base.errors import SaenbError
 
@@ -30,11 +27,14 @@ def close(correlations: torch.Tensor, percentile: float) -> float:
 # %% ../../nbs/3_ideas/46_clusters.ipynb #ced447ef
 def tree(correlations: torch.Tensor) -> np.ndarray:
     "The average-linkage tree of features that all vary, in scipy's form."
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
     return linkage(squareform((1 - correlations.double()).clamp_min(0).fill_diagonal_(0).cpu().numpy(),
                               checks=False), "average")
 
 def in_order(correlations: torch.Tensor) -> torch.Tensor:
     "The features in the order of the tree's leaves, for pictures."
+    from scipy.cluster.hierarchy import leaves_list
     return (torch.from_numpy(leaves_list(tree(correlations)).astype(np.int64))
             if len(correlations) > 1 else torch.arange(len(correlations)))
 
@@ -46,6 +46,7 @@ def groups(
     least: int = 2, # members a group has to have
 ) -> torch.Tensor:
     "Each feature's group, from 0 up, or -1."
+    from scipy.cluster.hierarchy import fcluster
     if (threshold is None) == (number is None):
         raise SaenbError("Where to cut the tree is not clear; give either a threshold or a number of groups.")
     labels, alive = torch.full((len(correlations),), -1), living(correlations).cpu()
@@ -63,5 +64,6 @@ def sizes(labels: torch.Tensor) -> torch.Tensor:
 
 def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
     "The adjusted Rand index of two groupings, among features that both of them group."
+    from sklearn.metrics import adjusted_rand_score
     both = (a >= 0) & (b >= 0)
     return float(adjusted_rand_score(a[both].cpu(), b[both].cpu())) if both.any() else 0.0

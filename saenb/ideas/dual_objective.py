@@ -10,7 +10,6 @@ __all__ = ['GUIDED', 'APART', 'RUNS', 'DUAL_OBJECTIVE', 'SideBlocks', 'SideSepar
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from sklearn.cluster import KMeans
 from torch import nn
 
 from ..base.errors import SaenbError
@@ -261,6 +260,7 @@ def reorder(self: ClusterGates, order):
 @patch
 def cluster(self: ClusterGates, rows, seed, first):
     "Cluster features by their decoder rows."
+    from sklearn.cluster import KMeans
     found = KMeans(self.clusters, init="k-means++" if first else self.centres.cpu().numpy(), n_init=1,
                    max_iter=50, random_state=seed).fit(rows.cpu().numpy())
     self.labels.copy_(torch.from_numpy(found.labels_))

@@ -249,8 +249,8 @@ def stream_need(preset: Preset, model, rows) -> Need:
     share, lengths = max(directions_in(x, 0.0).shares, default=0.0), x.norm(dim=1)
     long, where = (lengths / lengths.median()).max(0)
     place = keep.nonzero()[where, 1].item()
-    odd = [f"one direction holds {share:.0%} of the variance, so look at what is unexplained apart from it"
-           ] * (share > DOMINANT)
+    odd = [f"one direction holds {share:.0%} of the variance, so look at what is unexplained apart from it, "
+           "and try normalise = \"dimension\" in [training]"] * (share > DOMINANT)
     odd += [f"a token at position {place} is {long:.0f} times as long as most"] * (long.item() > LONG)
     return Need("stream", f"layer {preset.layer}", "; ".join(odd) or
                 f"its largest direction holds {share:.0%} of the variance", doubt=bool(odd))

@@ -29,12 +29,13 @@ harvest_tokens = 200_000 # tokens that the model reads, once
 [corpora] # texts: .txt with one a line, or .jsonl, .csv or .parquet with a column "text"
 forget = {forget} # on the subject to forget
 retain = {retain} # on anything else
-dataset_size = {rows} # rows of each that evaluations read
+dataset_size = {rows} # rows of each that evaluations read, at most
 seq_len = {rows} # tokens a row
 
 [training]
 steps = 1000
 batch = 1024 # tokens a step
+# normalise = "dimension" # counts all dimensions alike, where a few hold most of the variance
 
 # Without questions there is no score; all else is measured. A file of them is .jsonl with
 # a question a line: {{"question": "...", "choices": ["...", "...", "...", "..."], "answer": 2}}

@@ -18,7 +18,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 from ..base.errors import SaenbError, lookup
 from ..base.schemas import BOUND, check_bound
 from ..data.sources import FILE_READERS, QuestionSource, TextSource
-from ..evals.evaluation import CorpusSetup, Materials
+from ..evals.evaluation import CorpusSetup, Materials, evaluation
 from .presets import PRESETS, Preset, named_preset, setups, small
 
 if sys.version_info >= (3, 11): import tomllib
@@ -205,9 +205,10 @@ def _questions(table) -> tuple[QuestionSource, ...]:
             *(source(entry, f"questions.retain[{i}]") for i, entry in enumerate(retain)))
 
 def _asking(base, questions):
-    "A preset that asks other questions."
-    return replace(base, evals={k: replace(s, questions=questions) if hasattr(s, "questions") else s
-                                for k, s in base.evals.items()})
+    "A preset that asks other questions; what else an exam was asked belonged to those of before."
+    evals = {k: replace(s, questions=questions) if hasattr(s, "questions") else s
+             for k, s in base.evals.items() if hasattr(s, "questions") or evaluation(k).reads != "exam"}
+    return replace(base, evals=evals, recorded=tuple(k for k in base.recorded if k in evals))
 
 def _small(table, corpora, questions) -> Preset:
     "The small preset that a file starts from when it names no other."

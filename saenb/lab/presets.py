@@ -127,8 +127,9 @@ def _with_intervention(preset, name):
 # %% ../../nbs/5_laboratory/99_presets.ipynb #e818a5ae
 def setups(given: Materials) -> dict:
     "The setup that every declared evaluation makes of a preset's materials, if these have what it asks for."
-    return {name: e.setup(given) for name, e in evaluations().items()
+    made = {name: e.setup(given) for name, e in evaluations().items()
             if given.questions or e.reads != "exam"}
+    return {name: setup for name, setup in made.items() if setup is not None}
 
 def _materials(world, quick=False):
     "What a world gives to evaluations."
@@ -146,20 +147,20 @@ SWEEPS = {1: (dict(steps=300), dict(lr=1e-3), dict(sparsity_penalty=0.16), dict(
 def tiny(folder: str | None = None) -> Preset:
     "The embedded world, or one in a folder: every run in about a minute."
     world = World(folder) if folder else World.default()
-    model = str(world.path/"model")
+    model, evals = str(world.path/"model"), setups(_materials(world, quick=True))
     return Preset(
         name=Path(folder).resolve().name if folder else "tiny", model=model, answer_model=model,
-        layer=world.layer, texts=world.text_sources("train"), evals=setups(_materials(world, quick=True)),
-        d_sae=768, max_jobs=8, training=QUICK[world.number],
-        recorded=tuple(name for name, e in evaluations().items() if e.quick))
+        layer=world.layer, texts=world.text_sources("train"), evals=evals, d_sae=768, max_jobs=8,
+        training=QUICK[world.number], recorded=tuple(k for k in evals if evaluation(k).quick))
 
 def tiny_full(folder: str | None = None) -> Preset:
     "The same at the length the reports are made of."
     quick, world = tiny(folder), World(folder) if folder else World.default()
     # an evaluation costs several times as much on the second edition: its records hold the quick ones
-    recorded = tuple(evaluations()) if world.number == 1 else quick.recorded
+    evals = setups(_materials(world))
+    recorded = tuple(evals) if world.number == 1 else quick.recorded
     return replace(quick, name=f"{quick.name}-full", training=FULL[world.number], seeds=3,
-                   evals=setups(_materials(world)), recorded=recorded, sweep=SWEEPS[world.number])
+                   evals=evals, recorded=recorded, sweep=SWEEPS[world.number])
 
 # %% ../../nbs/5_laboratory/99_presets.ipynb #c0a7b002
 def tiny_cues() -> Preset:

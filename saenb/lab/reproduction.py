@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..base.devices import asked_device, devices_to_share
-from ..base.errors import SaenbError, lookup
+from ..base.errors import SaenbError, lookup, warn_once
 from ..base.files import read_json
 from ..base.locks import cached_json
 from ..evals.autopsy import autopsy
@@ -34,6 +34,7 @@ from .runner import (evaluate_sae, exam_of, has_dictionary, placed, plan_record,
 from ..report.explorer import explore, write_page
 from ..report.figures import draw_figures
 from ..report.logbook import write_logs
+from ..sae.gates import MECHANISMS
 from ..train.trackers import need_tracker
 
 # %% ../../nbs/5_laboratory/109_reproduction.ipynb #ctrlfile
@@ -104,7 +105,7 @@ def reproduce(
         if isinstance(preset, str) and Path(preset).exists():
             preset = str(Path(preset).absolute())
     several = _engine(engine, this, jobs, out, address)
-    chosen = [r for r in all_runs().values() if not experiments or {r.experiment, r.id} & set(experiments)]
+    chosen = _chosen(set(experiments), this)
     common, how = dict(preset=preset, out=out, steps=steps), dict(progress=several is None, track=track)
     records, there, work = _planned(chosen, this, seeds or this.seeds, common, how)
     one = engine == "processes" and len(work) == 1
@@ -118,6 +119,17 @@ def reproduce(
     return records, drawn + explored(this, out, Path(figures or root/"figures")/"explorer")
 
 # %% ../../nbs/5_laboratory/109_reproduction.ipynb #6d090f20
+def _chosen(named: set[str], preset) -> list[Run]:
+    "The runs that are asked for; one that the preset's training cannot make is left out unless it is named."
+    runs = [r for r in all_runs().values() if not named or {r.experiment, r.id} & named]
+    if preset.training.normalise == "length": return runs
+    odd = [r.id for r in runs if r.id not in named
+           and any(MECHANISMS.named(name).reads_stream for name, _ in r.mechanisms)]
+    if odd:
+        warn_once(f"Gates of {', '.join(odd)} read the stream itself, so these are left out where dimensions "
+                  "are normalised.")
+    return [r for r in runs if r.id not in odd]
+
 def _planned(runs, preset, seeds, common, how) -> tuple[list[Record], list, list]:
     "The records that are asked for, and the work in groups of one recipe: what is there, and what is not."
     records, work, left = [], {}, set()

@@ -104,7 +104,7 @@ def readings_of(preset: Preset) -> Readings:
 
 def exam_of(preset: Preset, out: str | Path = "runs") -> Exam:
     "The preset's exam, in the model that answers; budgets of one world share it."
-    cache = Path(out)/preset.world/"cache"
+    cache = (Path(out)/preset.world/"cache").resolve() # folders that share it by a link share the exam
     return _exam(_reader(preset.answer_model, preset), preset.exam, preset.layer, cache)
 
 # %% ../../nbs/5_laboratory/104_runner.ipynb #6a6e6de9
@@ -145,6 +145,12 @@ def placed(sae: SAE, device) -> SAE:
     "A dictionary on a device; the one that is given stays where it is."
     return sae if sae.device == device else copy.deepcopy(sae).to(device)
 
+def _asked_id(sae, preset, asked) -> str:
+    "The id of what an evaluation gives; one that follows another is named by that one's id as well."
+    setup = preset.evals[asked.name]
+    if asked.follows is None: return result_id(sae, setup)
+    return result_id(sae, (setup, result_id(sae, lookup(asked.follows, preset.evals, "evaluation"))))
+
 def evaluate_sae(
     sae: SAE, # the dictionary
     preset: str | Preset, # what it is judged by
@@ -157,15 +163,19 @@ def evaluate_sae(
     "Results by evaluation, found or made."
     results, preset = {}, find_preset(preset)
     sae = placed(with_unit_rows(sae), preset.where())
+    def before(name):
+        again = dict(out=out, despite=despite)
+        return results.get(name) or evaluate_sae(sae, preset, folder, [name], **again)[name]
     for name in names or preset.evals:
         setup, asked = lookup(name, preset.evals, "evaluation"), evaluation(name)
         path = Path(folder)/f"{name}.json" if folder else None
         def found():
             kept = None if force else read_if_valid(path, f"{name} result", asked.shape)
-            return kept if kept and kept["eval_id"] == result_id(sae, setup) else None
+            return kept if kept and kept["eval_id"] == _asked_id(sae, preset, asked) else None
         def made():
             shared = exam_of(preset, out) if asked.reads == "exam" else readings_of(preset)
-            result = asked.evaluate(shared.model, sae, setup, shared)
+            earlier = (before(asked.follows),) if asked.follows else ()
+            result = asked.evaluate(shared.model, sae, setup, shared, *earlier)
             return result | dict(judged_anyway=despite) if despite else result
         # the long lists of features would take a line each
         results[name] = cached_json(path, found, made, indent=None) if path else made()
@@ -250,6 +260,7 @@ def plan_record(run, preset, seed, out, steps=None, change=None) -> Plan:
     definition = replace(definition.but(**{k: change.pop(k) for k in own & change.keys()}), architecture=kind)
     length = dict(steps=steps, tokens=None) if steps is not None else {}
     training = replace(preset.training, seed=seed, **definition.training | change | length)
+    check_gates([MECHANISMS.named(name) for name, _ in definition.mechanisms], training)
     config = dict(run=definition.as_dict(), preset=preset.name, seed=seed, variant=variant,
                   layer=preset.layer, d_sae=d_sae, training=training.as_dict(), model=_model_name(preset))
     source = source_of(definition, preset)
@@ -308,7 +319,6 @@ def _train(plan, out, progress, watch=None):
                     about=dict(run=plan.run.id, preset=config["preset"], seed=config["seed"]))
     sae = SAE(cfg).initialise(store.rows(0, 2**15).x, config["seed"]).to(device)
     mechanisms = [make_mechanism(name, settings, cfg) for name, settings in plan.run.mechanisms]
-    check_gates(mechanisms, plan.training)
     trainer = Trainer(sae, store, mechanisms, plan.training, record.path, watch)
     with stoppable(trainer): sae = fold_back(trainer.fit(progress), store)
     write_json(record.path/"timing.json",
@@ -369,7 +379,8 @@ def _notes(config, info, notes):
     own = {k: run[k] for k in ("architecture",) if k in run} # the logs' own is not named
     settings = own | dict(layer=info["layer"], dict_size=info["dict_size"], **config["training"])
     trained = (f"- training steps {info['training_steps']:,}, final loss {number(info['final_loss'])}, "
-               f"L0 {number(info['l0'])}, unexplained variance {number(info['unexplained_variance'])}")
+               f"L0 {number(info['l0'])}, unexplained variance {number(info['unexplained_variance'])}"
+               + " of the normalised stream" * ("normalise" in config["training"]))
     where = f"seed {config['seed']}, {config['preset']}{', ' + variant if variant else ''}"
     return "\n".join([
         f"# {run['id']}: {run['title']} ({where})", "",

@@ -21,6 +21,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..base.declarations import used_modules
 from ..base.errors import SaenbError, escape_markup, shorten
 from ..base.files import file_stamp, fingerprint, write_text
 from ..evals.evaluation import as_text
@@ -62,11 +63,12 @@ def _numbers(record, stamps):
 
 # %% ../../nbs/5_laboratory/116_compare.ipynb #38121bcb
 CONDITIONS = dict(steps="training steps", tokens="tokens", batch="rows a batch", balanced="balanced batches",
-                  lr="learning rate", d_sae="width", layer="layer", model="model", preset="preset")
+                  lr="learning rate", normalise="normalisation", d_sae="width", layer="layer", model="model",
+                  preset="preset")
 
 def conditions(record: Record) -> dict:
     "What a record was made under."
-    known = record.config.get("training", {}) | record.config
+    known = dict(normalise="length") | record.config.get("training", {}) | record.config
     return {name: known[name] for name in CONDITIONS if name in known}
 
 def declared_changes(record: Record) -> set[str]:
@@ -92,8 +94,8 @@ def baseline_of(record: Record) -> Record:
     for name in unlike(record, base)[:1]:
         mine, theirs = (conditions(r)[name] for r in (record, base))
         raise SaenbError(
-            f"{record.path} cannot be compared with its baseline {base.path}, since their "
-            f"{CONDITIONS[name]} differ ({shorten(mine)} and {shorten(theirs)}); delete one of "
+            f"{record.path} cannot be compared with its baseline {base.path}, since they "
+            f"differ in {CONDITIONS[name]} ({shorten(mine)} and {shorten(theirs)}); delete one of "
             f"them, and if it is the baseline, {_advice(record)}.")
     return base
 
@@ -113,7 +115,13 @@ def _advice(record) -> str:
         options.append(f"--steps {steps}")
     if out != Path("runs").absolute(): options.append(f"--out {out}")
     if kind := _architecture(record): options.append(f"--architecture {kind}")
+    options += [f"--use {file}" for file in _used_by(record)]
     return f"make it with `saenb run {experiment}/0 {' '.join(options)}`"
+
+def _used_by(record) -> list[str]:
+    "The files whose declarations take part here and made a record."
+    names = record.config.get("source", {})
+    return [shorten(m.__file__) for m in used_modules() if Path(m.__file__ or "").name in names]
 
 # %% ../../nbs/5_laboratory/116_compare.ipynb #32cbc7d3
 def _nearest(record) -> Record:

@@ -142,13 +142,13 @@ def styles(groups: dict[str, list[Record]]) -> dict[str, dict]:
 
 def last_of_log(groups: dict[str, list[Record]], columns: dict[str, str | tuple[str, ...]]) -> str:
     "What training logs ended with, as a markdown table of means over seeds."
-    def mean(records, ending):
+    def mean(ends, ending):
         "Over the groups' seeds and all terms with that ending."
-        found = [value for r in records if r.log
-                 for key, value in r.log[-1].items() if key.endswith(ending) and value is not None]
+        found = [value for end in ends for key, value in end.items()
+                 if key.endswith(ending) and value is not None]
         return f"{np.mean(found):.3g}" if found else ""
-    lines = {title: [mean(records, ending) for ending in columns.values()]
-             for title, records in groups.items()}
+    ends = {title: [log[-1] for r in records if (log := r.log)] for title, records in groups.items()}
+    lines = {title: [mean(last, ending) for ending in columns.values()] for title, last in ends.items()}
     rows = [[escape_markup(title), *cells] for title, cells in lines.items() if any(cells)]
     return "\n".join("| " + " | ".join(line) + " |"
                      for line in (["run", *columns], ["---"] * (1 + len(columns)), *rows))

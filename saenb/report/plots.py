@@ -152,8 +152,8 @@ def _mean_logs(records: list[Record], key: str) -> dict[str, tuple]:
     "By run, its label with steps and means over its seeds of a term that its log has."
     logs = {}
     for r in records:
-        if r.log and key in r.log[0]:
-            logs.setdefault(r.run, (r.label, []))[1].append(r.log)
+        if (log := r.log) and key in log[0]:
+            logs.setdefault(r.run, (r.label, []))[1].append(log)
     found = {}
     for run, (label, seeds) in logs.items():
         steps = [line["step"] for line in min(seeds, key=len)]

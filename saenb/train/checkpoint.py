@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 
 from ..base.errors import SaenbError, shorten
-from ..base.files import fingerprint, read_tensors, write_tensors, write_text
+from ..base.files import file_stamp, fingerprint, read_tensors, write_tensors, write_text
 from ..base.schemas import CheckedDict, optional_fields, schema_error
 
 # %% ../../nbs/2_dictionary/27_checkpoints.ipynb #5b9a9c9b
@@ -109,13 +109,15 @@ def _restore(self: Checkpoints, tensors, about):
     self.seconds, self.history = about["seconds"], about["log"]
 
 # %% ../../nbs/2_dictionary/27_checkpoints.ipynb #46a29f6d
+_sound = set() # logs that were found sound, by what the file system says of them
+
 def read_log(path: str | Path) -> list[dict]:
     "A training log's lines."
     remedy = "restore it, or make the record again in another folder"
     def broken(number, odd):
         return SaenbError(f"{path} is not a readable training log (line {number}: {shorten(odd)}); {remedy}.")
     lines = []
-    try: data = Path(path).read_bytes()
+    try: this, data = file_stamp(path), Path(path).read_bytes()
     except OSError as e: raise broken(1, e) from None
     for number, line in enumerate(data.splitlines(), 1):
         try:
@@ -123,6 +125,8 @@ def read_log(path: str | Path) -> list[dict]:
                 fields, f"{path} is not a training log as it was written (a line has no {{}}); {remedy}.")))
         except (ValueError, RecursionError) as e:
             raise broken(number, e) from None
+        if this in _sound: continue # figures read a log many times
         if odd := schema_error(lines[-1], TERMS) or schema_error(lines[-1], LINE):
             raise broken(number, odd)
+    _sound.add(this)
     return lines

@@ -49,9 +49,12 @@ def store_for(store: Store, cfg: TrainConfig) -> Store | NormalisedStore:
     return NormalisedStore(store) if cfg.normalise == "dimension" else store
 
 # %% ../../nbs/2_dictionary/29_normalisation.ipynb #4b6f0924
-def check_gates(gates, cfg: TrainConfig):
+def check_gates(
+    gates, # mechanisms or their classes
+    cfg: TrainConfig, # how they are trained
+):
     "Raise if a gate reads a stream that the saved dictionary would not hand it."
-    reading = [type(g).__name__ for g in gates if g.reads_stream]
+    reading = [getattr(g, "__name__", type(g).__name__) for g in gates if g.reads_stream]
     if reading and cfg.normalise == "dimension":
         raise SaenbError(f"The gate {reading[0]} reads the stream itself, so dimensions cannot be normalised "
                          "for it; leave normalise=dimension out, or choose another run.")

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['RATIO', 'CANDIDATES', 'BETA', 'GAMMA', 'RANK', 'SCALE', 'COUNTS', 'MARGINS', 'RATES', 'by_difference',
            'activation_ratio', 'salient', 'before_threshold', 'feature_loss', 'moved', 'crisp_loss', 'tuned_matrices',
-           'factors', 'with_factors', 'CRISP']
+           'factors', 'with_factors', 'linear_maps', 'added', 'CRISP', 'at_last', 'all_texts']
 
 # %% ../../../nbs/4_evaluation/75_crisp.ipynb #46c51423
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -88,6 +89,24 @@ def with_factors(matrices: dict, parameters: dict) -> dict[str, torch.Tensor]:
     return {name: w + SCALE * parameters[f"{name} out"] @ parameters[f"{name} in"]
             for name, w in matrices.items()}
 
+# %% ../../../nbs/4_evaluation/75_crisp.ipynb #98fd6bc5
+def linear_maps(model, names) -> dict[str, torch.nn.Linear]:
+    "The linear maps that some weights belong to, by the weights' plain names."
+    found = {f"{plain_name(name)}.weight": module for name, module in model.original_model.named_modules()
+             if isinstance(module, torch.nn.Linear)}
+    return {name: found[name] for name in names if name in found}
+
+@contextmanager
+def added(maps: dict[str, torch.nn.Linear], parameters: dict):
+    "Linear maps with their products of factors added, for a while."
+    def adding(inner, outer):
+        return lambda module, args, out: out + F.linear(SCALE * F.linear(args[0], inner), outer)
+    handles = [module.register_forward_hook(adding(parameters[f"{name} in"], parameters[f"{name} out"]))
+               for name, module in maps.items()]
+    try: yield
+    finally:
+        for handle in handles: handle.remove()
+
 # %% ../../../nbs/4_evaluation/75_crisp.ipynb #ab8f516b
 COUNTS, MARGINS, RATES = (10, 50), (10, 50), (1e-4, 1e-3)
 
@@ -117,23 +136,39 @@ class CRISP(Trained, Intervention):
         return replace(stats, forget=stats.forget[order], retain=stats.retain[order],
                        more=dict(ratio=stats.more["ratio"][order]))
 
+# %% ../../../nbs/4_evaluation/75_crisp.ipynb #b2f90de5
+def at_last(exam: Exam, tokens: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    "What the last block hands on where the layer's handed on a stream."
+    last = exam.depth - 1
+    if last == exam.layer: return stream
+    return streams_under(exam.model, {}, tokens, (last,), (exam.layer + 1, stream))[last]
+
+def all_texts(exam: Exam):
+    "For each step rows to forget, rows to retain and plain ones, and what the last block makes of the last."
+    count = ROWS * max(STOPS)
+    forgotten = drawn_rows(exam, "forget", count, exam.setup.random_seed)
+    retained = drawn_rows(exam, "retain", 2 * count, exam.setup.random_seed)
+    kinds = forgotten, retained[:count], retained[count:]
+    for i in range(0, count, ROWS):
+        tokens, stream, _ = stacked(kinds[2][i:i + ROWS])
+        yield [row for rows in kinds for row in rows[i:i + ROWS]], at_last(exam, tokens, stream)
+
 # %% ../../../nbs/4_evaluation/75_crisp.ipynb #b3691c16
 @patch
 def train(self: CRISP, exam, sae, features, margin, rate):
     "Edited weights by stops."
-    count, last, matrices = ROWS * max(STOPS), exam.depth - 1, tuned_matrices(exam)
-    forgotten = drawn_rows(exam, "forget", count, exam.setup.random_seed)
-    retained = drawn_rows(exam, "retain", 2 * count, exam.setup.random_seed)
-    def loss(weights, step):
-        some = slice(step * ROWS, (step + 1) * ROWS)
-        tokens, stream, keep = stacked(forgotten[some])
-        kept, kept0, where = stacked(retained[:count][some])
-        plain, _, text = stacked(retained[count:][some])
-        both = streams_under(exam.model, weights, torch.cat([tokens, kept]), (exam.layer,))[exam.layer]
-        with torch.no_grad():
-            last0 = streams_under(exam.model, {}, plain, (last,))[last]
-        now = streams_under(exam.model, weights, plain, (last,))[last]
-        return crisp_loss(feature_loss(sae, features, both[:ROWS], stream, keep, margin),
-                          moved(both[ROWS:], kept0, where), moved(now, last0, text))
+    matrices, steps = tuned_matrices(exam), self.once(exam, lambda: list(all_texts(exam)))
+    maps = linear_maps(exam.model, matrices)
+    others = {name: w for name, w in matrices.items() if name not in maps}
+    def loss(parameters, step):
+        rows, last = steps[step]
+        tokens, stream, keep = stacked(rows)
+        with added(maps, parameters):
+            now = streams_under(exam.model, with_factors(others, parameters), tokens,
+                                (exam.layer,))[exam.layer]
+        (on_forget, on_retain, on_plain), was, text = (t.split(ROWS) for t in (now, stream, keep))
+        return crisp_loss(feature_loss(sae, features, on_forget, was[0], text[0], margin),
+                          moved(on_retain, was[1], text[1]),
+                          moved(at_last(exam, tokens[2 * ROWS:], on_plain), last, text[2]))
     return tuned(exam.model, factors(matrices, exam.setup.random_seed),
                  lambda parameters: with_factors(matrices, parameters), loss, rate, STOPS)

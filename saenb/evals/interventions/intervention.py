@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INTERVENTIONS', 'Intervention', 'MoreStats', 'with_more', 'places_of', 'activations', 'changed_stream', 'plain_name',
-           'edited', 'places_in', 'plain_answers', 'Outcome', 'InterventionBatch', 'by_sequence', 'EditBatch']
+           'edited', 'places_in', 'plain_answers', 'Outcome', 'InterventionBatch', 'by_sequence', 'in_blocks',
+           'most_errors', 'lowest_block', 'EditBatch']
 
 # %% ../../../nbs/4_evaluation/68_interventions.ipynb #9544dfa5
 import re
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 from ...base.declarations import Classes
 from ...base.devices import sent
 from ...base.errors import SaenbError
+from ...data.harvest import stream_at
 from ...data.questions import padded
 from ..evaluation import encoded
 from ..exam import Exam, FeatureStats, Grid, choose_features
@@ -282,10 +284,8 @@ def stream(self: InterventionBatch, sequences: torch.Tensor, settings: torch.Ten
     return self.exam.stream[at] + push @ self.rows
 
 # %% ../../../nbs/4_evaluation/68_interventions.ipynb #f3ac654f
-@patch
-def _blocks(self: InterventionBatch, fired) -> list[torch.Tensor]:
+def in_blocks(exam: Exam, fired: torch.Tensor) -> list[torch.Tensor]:
     "Questions to judge together: retained ones first, those that most settings touch in front."
-    exam = self.exam
     retained = (~exam.forgets).nonzero().squeeze(1)
     retained = retained[fired.sum(0)[retained].argsort(descending=True, stable=True)]
     sizes, size = [], 16
@@ -298,6 +298,10 @@ def _blocks(self: InterventionBatch, fired) -> list[torch.Tensor]:
     return [block[rank[block].argsort()]
             for block in (*retained.split(sizes), exam.forgets.nonzero().squeeze(1))]
 
+def most_errors(exam: Exam) -> int:
+    "How many retained questions a setting may lose before it is abandoned."
+    return int((1 - exam.setup.lowest_retain) * (~exam.forgets).sum().item() + 1e-9)
+
 # %% ../../../nbs/4_evaluation/68_interventions.ipynb #a6b2af4d
 @patch
 @torch.no_grad()
@@ -308,8 +312,8 @@ def run(self: InterventionBatch) -> list[Outcome]:
     right = exam.base.repeat(len(fired), 1)
     errors = (~right & ~exam.forgets).sum(1)
     alive = torch.arange(len(fired))
-    most = int((1 - exam.setup.lowest_retain) * (~exam.forgets).sum().item() + 1e-9)
-    for block in self._blocks(fired):
+    most = most_errors(exam)
+    for block in in_blocks(exam, fired):
         pairs = fired[alive][:, block].T.nonzero()
         if not len(pairs): continue
         questions, settings = block[pairs[:, 0]], alive[pairs[:, 1]]
@@ -327,25 +331,58 @@ def run(self: InterventionBatch) -> list[Outcome]:
     kept = set(alive.tolist())
     return [Outcome(right[i] if i in kept else None, fired[i], int(errors[i])) for i in range(len(fired))]
 
+# %% ../../../nbs/4_evaluation/68_interventions.ipynb #4d074ad6
+def lowest_block(weights: dict[str, torch.Tensor]) -> int:
+    "The lowest block that edited weights belong to, by their names; 0 where a name does not say it."
+    found = [re.search(r"\.(\d+)\.", name) for name in weights]
+    return min((int(number[1]) if number else 0 for number in found), default=0)
+
 # %% ../../../nbs/4_evaluation/68_interventions.ipynb #aa18145e
 class EditBatch:
     "Edits of a model's weights, judged one after another."
     def __init__(self, exam: Exam, sae, settings: list[tuple], intervention: Intervention):
         self.exam, self.sae, self.intervention, self.read = exam, sae, intervention, 0
         self.settings = [(*setting, {})[:3] for setting in settings]
+        self.everywhere = torch.ones(len(exam.asked), dtype=torch.bool)
+        self.blocks = in_blocks(exam, self.everywhere[None])
+        self.given = {0: padded(exam.tokens)} # what the questions give to a block, by its number
 
     def run(self) -> list[Outcome]:
         "What each setting does to the known questions."
-        exam, table = self.exam, padded(self.exam.tokens)
-        most = int((1 - exam.setup.lowest_retain) * (~exam.forgets).sum().item() + 1e-9)
-        found, everywhere = [], torch.ones(len(exam.asked), dtype=torch.bool)
+        found, most = [], most_errors(self.exam)
         for features, values, rule in self.settings:
-            weights = self.intervention.weights(exam, self.sae, features, values, **rule)
-            with edited(exam.model, weights), torch.no_grad():
-                letters, read = exam.answers(exam.prefixes, lambda row, place: table[row, place],
-                                             asked=exam.asked)
-            self.read += read
-            right = letters == exam.answer
-            errors = int((~right & ~exam.forgets).sum())
-            found.append(Outcome(right if errors <= most else None, everywhere, errors))
+            weights = self.intervention.weights(self.exam, self.sae, features, values, **rule)
+            right, first = self.everywhere.clone(), lowest_block(weights)
+            self._prepare(first)
+            with edited(self.exam.model, weights), torch.no_grad():
+                for block in self.blocks:
+                    right[block] = self._answers(block, first) == self.exam.answer[block]
+                    errors = int((~right & ~self.exam.forgets).sum())
+                    if errors > most: break
+            found.append(Outcome(right if errors <= most else None, self.everywhere, errors))
         return found
+
+# %% ../../../nbs/4_evaluation/68_interventions.ipynb #314413e0
+@patch
+def _prepare(self: EditBatch, first):
+    "Read the questions up to a block with the model as it is, if that has not been done."
+    if first in self.given: return
+    exam = self.exam
+    def read(group):
+        rows = sent(padded([exam.tokens[i] for i in group]), exam.device)
+        return [row[:len(exam.tokens[i])].clone()
+                for i, row in zip(group, stream_at(exam.model, rows, first - 1))]
+    self.given[first] = torch.cat(sum(exam.each_group(exam.tokens, read), []))
+
+@patch
+def _answers(self: EditBatch, questions, first):
+    "The model's answers to some questions, from a block on."
+    exam, given = self.exam, self.given[first]
+    sequences, _ = exam.sequences_of(questions)
+    def entering(row, place):
+        if not first: return given[sequences[row], place]
+        return given[sent(exam.starts[sequences[row]] + place, exam.device)]
+    answers, read = exam.answers([exam.prefixes[s] for s in sequences.tolist()], entering, first,
+                                 asked=[exam.asked[q] for q in questions.tolist()])
+    self.read += read
+    return answers

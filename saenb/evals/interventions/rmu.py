@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOPS', 'ROWS', 'LENGTHS', 'ALPHAS', 'RATES', 'streams_under', 'drawn_rows', 'stacked', 'rmu_loss', 'random_target',
-           'tuned', 'Trained', 'RMU', 'ApartRMU']
+           'tuned', 'Trained', 'both_sides', 'RMU', 'ApartRMU']
 
 # %% ../../../nbs/4_evaluation/74_rmu.ipynb #ba73b0e0
 import numpy as np
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from ...base.devices import sent
+from ...data.harvest import stream_at
+from ...data.shared_prefixes import replaced
 from ..evaluation import at_text
 from ..exam import Exam
 from .intervention import EditBatch, Intervention, plain_name
@@ -22,20 +24,28 @@ from .orthogonal_edit import subspace, writing
 class _Enough(Exception):
     "Raised at the highest block that is asked for."
 
-def streams_under(model, weights: dict[str, torch.Tensor], tokens: torch.Tensor,
-                  layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
-    "The streams that some layers hand on, under other weights by their plain names; gradients flow."
+def streams_under(
+    model, # a model from `saenb.data.sources.boot`
+    weights: dict[str, torch.Tensor], # other weights than its own, by their plain names
+    tokens: torch.Tensor, # rows of text
+    layers: tuple[int, ...], # whose streams are wanted
+    entering: tuple | None = None, # a block and the stream that it is given, which saves all below
+) -> dict[int, torch.Tensor]:
+    "The streams that some layers hand on, under other weights; gradients flow."
     hf, found = model.original_model, {}
-    own = {plain_name(name): name for name, _ in hf.named_parameters()}
+    first, given = entering or (0, None)
+    own = {plain_name(name): name for name, _ in hf.named_parameters()} if weights else {}
     def keep(layer):
         def hook(module, args, out):
             found[layer] = out[0] if isinstance(out, tuple) else out
             if layer == max(layers): raise _Enough
         return hook
     handles = [model.blocks[layer].original_component.register_forward_hook(keep(layer)) for layer in layers]
+    passed = {block: lambda *args, **kwargs: given for block in model.blocks[:first]}
     try: # a weight has several names in a wrapped model, of which one is enough
-        functional_call(hf, {own[name]: w for name, w in weights.items()}, (tokens,), dict(use_cache=False),
-                        tie_weights=False)
+        with replaced(passed):
+            functional_call(hf, {own[name]: w for name, w in weights.items()}, (tokens,),
+                            dict(use_cache=False), tie_weights=False)
     except _Enough: pass
     finally:
         for handle in handles: handle.remove()
@@ -64,13 +74,13 @@ def random_target(exam: Exam, away: torch.Tensor | None = None) -> torch.Tensor:
     return (u / u.norm() * lengths.mean().cpu()).to(exam.device)
 
 def tuned(model, start: dict[str, torch.Tensor], weights, loss, lr: float, stops: tuple[int, ...]) -> dict:
-    "Edited weights after some numbers of steps; `loss(weights(parameters), step)` is made small."
+    "Edited weights, `weights(parameters)`, after some numbers of steps that make `loss` small."
     parameters = {name: p.clone().requires_grad_() for name, p in start.items()}
     optimiser, found = torch.optim.AdamW(parameters.values(), lr=lr), {}
     for step in range(max(stops)):
         optimiser.zero_grad()
         with torch.enable_grad():
-            loss(weights(parameters), step).backward(inputs=list(parameters.values()))
+            loss(parameters, step).backward(inputs=list(parameters.values()))
         optimiser.step()
         if step + 1 in stops:
             with torch.no_grad():
@@ -83,6 +93,13 @@ STOPS, ROWS = (25, 50, 100), 4 # training steps after which weights are judged, 
 class Trained:
     "What trains weights; settings differ in what it is trained with and in when it stops."
     kept = None # the last training's weights, by stops
+    common = None # what trainings on one exam share
+
+    def once(self, exam, make):
+        "What `make()` gives, made by the first of an exam's trainings."
+        if self.common is None or self.common[0] is not exam:
+            with torch.no_grad(): self.common = exam, make()
+        return self.common[1]
 
     def values(self, setting, stats):
         "None are needed."
@@ -98,6 +115,15 @@ class Trained:
     def batch(self, exam, sae, settings):
         "What judges settings one after another."
         return EditBatch(exam, sae, settings, self)
+
+# %% ../../../nbs/4_evaluation/74_rmu.ipynb #5d89478a
+def both_sides(exam: Exam, first: int):
+    "For each step rows to forget and rows to retain, and a block's number with what these rows give to it."
+    count = ROWS * max(STOPS)
+    sides = [drawn_rows(exam, side, count, exam.setup.random_seed) for side in ("forget", "retain")]
+    for i in range(0, count, ROWS):
+        rows = [row for side in sides for row in side[i:i + ROWS]]
+        yield rows, (first, stream_at(exam.model, stacked(rows)[0], first - 1)) if first else None
 
 # %% ../../../nbs/4_evaluation/74_rmu.ipynb #b2c41304
 LENGTHS, ALPHAS, RATES = (1, 4), (10, 100), (3e-4, 3e-3)
@@ -125,16 +151,15 @@ class RMU(Trained, Intervention):
     def train(self, exam, sae, features, length, alpha, rate):
         "Edited weights by stops."
         away = subspace(sae.W_dec[features].detach()) if features else None
-        target, count = length * random_target(exam, away), ROWS * max(STOPS)
-        rows = {side: drawn_rows(exam, side, count, exam.setup.random_seed) for side in ("forget", "retain")}
+        target = length * random_target(exam, away)
         blocks = range(max(0, exam.layer - 2), exam.layer + 1)
+        steps = self.once(exam, lambda: list(both_sides(exam, blocks.start)))
         start = {name: p.detach() for name, p in writing(exam.model, blocks).items() if ".mlp." in name}
         def loss(weights, step):
-            some = slice(step * ROWS, (step + 1) * ROWS)
-            (forget, _,
-             _), (retain, original, _) = (stacked(rows[side][some]) for side in ("forget", "retain"))
-            both = streams_under(exam.model, weights, torch.cat([forget, retain]), (exam.layer,))[exam.layer]
-            return rmu_loss(both[:ROWS], target, both[ROWS:], original, alpha)
+            rows, below = steps[step]
+            tokens, original, _ = stacked(rows)
+            both = streams_under(exam.model, weights, tokens, (exam.layer,), below)[exam.layer]
+            return rmu_loss(both[:ROWS], target, both[ROWS:], original[ROWS:], alpha)
         return tuned(exam.model, start, dict, loss, rate, STOPS)
 
 # %% ../../../nbs/4_evaluation/74_rmu.ipynb #96d2cd87
