@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/frontier.py
 
-trains SAELens' TopK, BatchTopK and JumpReLU dictionaries in SAELens' own loop, on the very batches that saenb's frontier records (page 2_dictionary/35_frontier) were trained on, as wide
+trains SAELens' TopK, BatchTopK and JumpReLU dictionaries in SAELens' own loop, on the very batches that saenb's frontier records (page 2_dictionary/36_frontier) were trained on, as wide
 and for as many steps, lets saenb judge them, and writes runs/architectures-full/saelens.json, which that page draws beside the records. Each is trained at two learning rates, saenb's
 and three times it (--rates names others), and all points are kept. Stopped, it goes on where it was. The environment is that of parity.py, made if it is not there."""
 import argparse

@@ -14,11 +14,13 @@ from hypothesis import assume, given, settings, strategies as st
 
 from saenb.base.errors import SaenbError
 from saenb.cli import main
+from saenb.data import world as data_world
 from saenb.data.cue_facts import (CUE_ASKED, CUE_SUBJECTS, HEADER, NEIGHBOUR, CueWords, CueWorldConfig,
                                   CueWriter, apart, make_cue_facts)
 from saenb.data.cue_model import GUIDE, READS, CueLessons, CueSteps, Guides, make_cue_tokenizer
 from saenb.data.cue_tasks import cue_class_words
 from saenb.data.facts import FORGET, SHARED_RELATIONS, WorldConfig
+from saenb.data.phases import CHECKPOINT, Phases
 from saenb.data.world import EDITIONS, World
 from saenb.data.world_model import fast_logits, fast_streams, make_model
 from saenb.data.world_tasks import ORDER_TASKS, PAIRS, PROFESSIONS, biographies, order_rows
@@ -242,13 +244,16 @@ class Bar:
     "Keeps what a progress bar would show."
     def __init__(self): self.shown, self.n = [], 0
     def update(self): self.n += 1
+    def set_description(self, said): pass
     def set_postfix(self, shown): self.shown.append(shown)
 
 
 def test_guides_are_withdrawn_and_rates_fall(monkeypatch):
-    seen, bar, log = [], Bar(), []
+    log = []
+    seen, bar, phases = [], Bar(), Phases(log=log)
+    phases.bar = bar
     cfg = replace(SMALL, reading=2, steps=6, finish=4, guided=4)
-    steps = CueSteps(cfg, FACTS, make_cue_tokenizer(cfg), bar, log)
+    steps = CueSteps(cfg, FACTS, make_cue_tokenizer(cfg), phases)
     monkeypatch.setattr(steps, "step", lambda counts, rate, guided, share={}: seen.append((counts, rate, guided)) or
                         dict.fromkeys(counts, 0.0))
     steps.learn_to_read()
@@ -317,6 +322,22 @@ def test_a_small_world_from_nothing(small, tmp_path):
             == {k: v for k, v in small.about.items() if k != "minutes"})
     assert repr(small).startswith("World(edition 2, seed 3, telling 0.0: 192 facts, knows ")
     with pytest.raises(SaenbError, match="holds a world already"): World.build(small.path, SMALL)
+
+
+def test_a_build_that_was_stopped_goes_on(small, tmp_path, monkeypatch):
+    """A world that is refused leaves the folder as it is; the one that goes on is as the one nobody stopped."""
+    share, (folder, called) = data_world.known_share, (tmp_path/"w", [])
+    def end_of_power(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(data_world, "known_share", end_of_power)
+    with pytest.raises(KeyboardInterrupt): World.build(folder, SMALL)
+    monkeypatch.setattr(data_world, "known_share", share)
+    monkeypatch.setattr(CueSteps, "step", lambda self, *args: called.append(args))
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for other, odd in ((replace(SMALL, seed=4), "seed is 3 and not 4"), (WorldConfig(), "edition is 2 and not 1")):
+        with pytest.raises(SaenbError, match=f"another world, whose {odd}"): World.build(folder, other)
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} and folder/CHECKPOINT in before
+    assert World.build(folder, SMALL).about["files"] == small.about["files"]
+    assert not called and not (folder/CHECKPOINT).exists()
 
 
 def test_its_sources(small):

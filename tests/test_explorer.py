@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from saenb.base.errors import SaenbError
+from saenb.base.signals import Stopped, stop_at_once
 from saenb.evals.evaluation import encoded
 from saenb.evals.exam import feature_stats
 from saenb.evals.interventions.intervention import plain_answers
 from saenb.evals.interventions.clamp import Clamp
 from saenb.evals.unlearning import evaluate
 from saenb.lab.feature_commands import _serve
-from saenb.lab.stopping import Stopped, stop_at_once
 from saenb.report.explorer import (
     AFTER, BEFORE, BINS, POOL, QUANTILES, explore, lost_alone, page, peaks, spread, unpacked, write_page)
 from saenb.report.explorer_server import BODY, LONGEST, server, try_text

@@ -44,7 +44,7 @@ def copy(tmp_path_factory, baseline_made):
 
 
 def test_there_are_notebooks():
-    assert {"index.ipynb", "01_tour.ipynb", "104_runner.ipynb", "127_cli.ipynb", "134_errors.ipynb"} <= {p.name for p in NOTEBOOKS}
+    assert {"index.ipynb", "01_tour.ipynb", "106_runner.ipynb", "129_cli.ipynb", "136_errors.ipynb"} <= {p.name for p in NOTEBOOKS}
 
 
 def test_no_two_notebooks_share_a_page():

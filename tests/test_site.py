@@ -124,8 +124,8 @@ def test_every_page_opens_wide_and_narrow(opened, site, pages):
 @needs_browser
 def test_the_search_finds_offline(opened, site):
     """Words of the text, synonyms of a page's, and runs by their numbers."""
-    for query, page in (("clamp", "unlearning"), ("gpu", "presets"), ("cuda", "check"), ("orthogonality/3", "51_orthogonality_results"),
-                        ("contrastive 4", "58_contrastive_results"), ("dictionary learning", "20_sae")):
+    for query, page in (("clamp", "unlearning"), ("gpu", "presets"), ("cuda", "check"), ("orthogonality/3", "52_orthogonality_results"),
+                        ("contrastive 4", "59_contrastive_results"), ("dictionary learning", "21_sae")):
         opened.goto((site/"search.html").as_uri() + f"?q={query}")
         opened.wait_for_selector(f"#search-results li a[href*='{page}']") # results come one by one
     opened.goto((site/"search.html").as_uri() + "?q=clamp")
@@ -138,16 +138,16 @@ def test_the_search_finds_offline(opened, site):
 def test_reports_open_with_what_was_found(opened, site):
     """Their code and their run logs are folded, and an address that leads to a run unfolds it."""
     opened.set_viewport_size(dict(width=1400, height=900))
-    for page in ("51_orthogonality_results", "55_positional_results", "58_contrastive_results", "61_dual_objective_results"):
+    for page in ("52_orthogonality_results", "56_positional_results", "59_contrastive_results", "62_dual_objective_results"):
         opened.goto((site/"3_ideas"/f"{page}.html").as_uri())
         assert opened.inner_text("main h2").startswith(FOUND)
         assert not any(code.is_visible() for code in opened.query_selector_all("main .cell_input"))
-    opened.goto((site/"3_ideas"/"58_contrastive_results.html").as_uri() + "#run-3")
+    opened.goto((site/"3_ideas"/"59_contrastive_results.html").as_uri() + "#run-3")
     assert opened.eval_on_selector("#run-3", "e => e.open") and not opened.eval_on_selector("#run-4", "e => e.open")
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["index", "0_start/03_results", "3_ideas/58_contrastive_results", "2_dictionary/26_trainer", "5_laboratory/119_overview",
+@pytest.mark.parametrize("name", ["index", "0_start/03_results", "3_ideas/59_contrastive_results", "2_dictionary/27_trainer", "5_laboratory/121_overview",
                                   "explorer/best"])
 def test_axe_finds_nothing_wrong(opened, site, name):
     """Contrast, labels, landmarks, heads of tables, names of pictures: in the light and in the dark."""
@@ -167,7 +167,7 @@ def test_pages_are_light(site, pages):
 @needs_browser
 def test_the_sidebar_shows_parts_and_folds_them(opened, site):
     opened.set_viewport_size(dict(width=1400, height=900))
-    opened.goto((site/"3_ideas"/"58_contrastive_results.html").as_uri())
+    opened.goto((site/"3_ideas"/"59_contrastive_results.html").as_uri())
     parts = opened.query_selector_all(".bd-docs-nav li.toctree-l0")
     assert len(parts) == 8 and [p.query_selector("details").get_attribute("open") is not None for p in parts].count(True) == 1
     assert opened.eval_on_selector("link[rel=icon]", "e => e.href").endswith("favicon.svg")
@@ -175,7 +175,7 @@ def test_the_sidebar_shows_parts_and_folds_them(opened, site):
 
 @needs_browser
 def test_signatures_are_shown_whole(opened, site):
-    opened.goto((site/"2_dictionary"/"26_trainer.html").as_uri())
+    opened.goto((site/"2_dictionary"/"27_trainer.html").as_uri())
     beyond = opened.eval_on_selector_all(".signature pre", "all => all.map(e => e.scrollWidth - e.clientWidth)")
     assert len(beyond) > 3 and max(beyond) <= 1 and "# what it is to explain" in opened.inner_text(".signature pre")
 
@@ -183,7 +183,7 @@ def test_signatures_are_shown_whole(opened, site):
 @needs_browser
 def test_figures_turn_dark(opened, site):
     opened.emulate_media(color_scheme="dark")
-    opened.goto((site/"3_ideas"/"58_contrastive_results.html").as_uri())
+    opened.goto((site/"3_ideas"/"59_contrastive_results.html").as_uri())
     assert "invert" in opened.eval_on_selector("main .cell_output img", "e => getComputedStyle(e).filter")
 
 
