@@ -439,7 +439,7 @@ def test_what_differs_is_named_in_a_few_words(kept_records):
     path = kept_records/"orthogonality"/"run_1"/"seed_0"/"config.json"
     config = json.loads(path.read_text())
     with spoil(path, json.dumps(config | dict(model="a long name" * 500)).encode()):
-        said = refused(*called("compare", kept_records)[::2], path.parent, "model differ (a long name")
+        said = refused(*called("compare", kept_records)[::2], path.parent, "differ in model (a long name")
     assert len(said) < 1000
 
 

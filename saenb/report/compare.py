@@ -14,6 +14,7 @@ import io
 import re
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 from textwrap import fill
 
 import numpy as np
@@ -121,7 +122,7 @@ def _advice(record) -> str:
 def _used_by(record) -> list[str]:
     "The files whose declarations take part here and made a record."
     names = record.config.get("source", {})
-    return [shorten(m.__file__) for m in used_modules() if Path(m.__file__ or "").name in names]
+    return [quote(m.__file__) for m in used_modules() if Path(m.__file__ or "").name in names]
 
 # %% ../../nbs/5_laboratory/118_compare.ipynb #32cbc7d3
 def _nearest(record) -> Record:
