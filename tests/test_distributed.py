@@ -142,6 +142,24 @@ def test_a_process_is_killed_and_the_same_command_goes_on(store, baseline, tmp_p
     assert {k: (t.shape, t.dtype) for k, t in ours.items()} == {k: (t.shape, t.dtype) for k, t in theirs.items()}
 
 
+def test_a_process_that_comes_late_to_the_next_training_is_waited_for(tmp_path):
+    (tmp_path/"two.py").write_text("""
+import time, torch
+import torch.distributed as dist
+from saenb.train.distributed import ranks
+for training in range(3):
+    with ranks() as here:
+        number = torch.tensor(here.rank + 1.0)
+        dist.all_reduce(number)
+        if here.leads: print(training, number.item(), flush=True)
+    if here.leads: time.sleep(1)
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path/"two.py"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[:3] == ["0 3.0", "1 3.0", "2 3.0"]
+
+
 def test_resumed_it_ends_with_the_same_bytes(made):
     unbroken, first, second = (load_sae(made/"two"/name).fingerprint() for name in ("contrastive/3/sae", "broken/sae", "broken/sae1"))
     assert first == second == unbroken

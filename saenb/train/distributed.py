@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,8 @@ def _meeting():
     "The store through which processes exchange messages, this one's rank and their number."
     return next(dist.rendezvous("env://"))
 
+_trainings = count() # this process's, one after the other, as in all that train together
+
 @contextmanager
 def ranks() -> Iterator[Ranks]:
     "Join the processes that torchrun started, or be alone."
@@ -58,13 +61,15 @@ def ranks() -> Iterator[Ranks]:
         yield Ranks(0, 1, device)
         return
     store, rank, world = _meeting()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+    # what an earlier training left in the store would be taken for this one's addresses
+    fresh = dist.PrefixStore(f"training {next(_trainings)}", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank,
                             world_size=world)
     try: yield Ranks(rank, world, device)
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e): raise
         raise SaenbError("One of the processes that train together was ended; what was finished is kept, "
-                         "so run the same command again.") from None
+                         "so run the same command again.") from e
     dist.barrier()
     dist.destroy_process_group()
 
