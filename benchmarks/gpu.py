@@ -296,10 +296,10 @@ def settings_of_the_exam(bench):
     x = torch.cat([stream.flatten(0, 1)[:2**10] for stream, _ in exam.corpus("retain")])[:2**11]
     sae = dictionary(model.cfg.d_model, s["d_sae"], x).to(bench.device)
     counted, stats = bench.timed(lambda: feature_stats(exam, sae))
-    seconds, (rows, read) = bench.timed(lambda: search(exam, sae, exam.setup, stats))
+    seconds, (rows, passes) = bench.timed(lambda: search(exam, sae, exam.setup, stats))
     bench.note("exam", f"{len(exam.answer)} questions read, once a model", f"{took:.1f} s")
     bench.note("exam", f"density of {s['d_sae']:,} features on both corpora", f"{counted:.1f} s")
-    bench.note("exam", f"{len(rows['score'])} settings, {read:,} tokens read", f"{seconds:.1f} s", f"{WANTED['exam']} s", seconds <= WANTED["exam"])
+    bench.note("exam", f"{len(rows['score'])} settings, {passes:,} tokens times blocks", f"{seconds:.1f} s", f"{WANTED['exam']} s", seconds <= WANTED["exam"])
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------

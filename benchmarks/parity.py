@@ -105,7 +105,7 @@ def environment(folder: Path) -> Path:
         done = subprocess.run(list(map(str, step)), capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SaenbError(f"The environment with SAEBench cannot be made: `{' '.join(map(str, step[1:]))}` ended with '{last}'; mend that and try again, "
+            raise SaenbError(f"The environment with SAEBench cannot be made: `{' '.join(map(str, step[1:]))}` ended with '{last}'; correct that and try again, "
                              "or name a ready one with --env.")
     ready.touch()
     return python

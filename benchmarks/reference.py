@@ -123,7 +123,7 @@ class Reference:
         return dict(vars(watch), score=only["eval_result_metrics"]["unlearning"]["unlearning_score"], settings=rows)
 
     def sparse_probing(self, name: str, folder: str, dataset: str, **settings) -> dict:
-        "Every accuracy of one data set, class by class, and the features that each probe looked at; the model reads the texts anew."
+        "Every accuracy of one data set, class by class, and the features that each probe looked at; the model reads the texts again."
         sae, chosen, mask = dictionary(name, folder), [], probe_training.get_top_k_mean_diff_mask
         def watched(*args, **kwargs):
             out = mask(*args, **kwargs)

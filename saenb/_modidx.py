@@ -560,6 +560,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'saenb.data.world.World.text_sources': ('1_data/world.html#world.text_sources', 'saenb/data/world.py'),
                                   'saenb.data.world.World.texts': ('1_data/world.html#world.texts', 'saenb/data/world.py'),
                                   'saenb.data.world.World.verify': ('1_data/world.html#world.verify', 'saenb/data/world.py'),
+                                  'saenb.data.world._build': ('1_data/world.html#_build', 'saenb/data/world.py'),
+                                  'saenb.data.world._need_no_world': ('1_data/world.html#_need_no_world', 'saenb/data/world.py'),
                                   'saenb.data.world.exams': ('1_data/world.html#exams', 'saenb/data/world.py'),
                                   'saenb.data.world.known_share': ('1_data/world.html#known_share', 'saenb/data/world.py'),
                                   'saenb.data.world.save_model': ('1_data/world.html#save_model', 'saenb/data/world.py'),

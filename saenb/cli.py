@@ -202,7 +202,7 @@ def check_command(args):
         print(as_text(rows), end="\n\n")
     if missing:
         raise SaenbError(f"{len(missing)} of {len(needs)} things that {preset.name} needs are not there "
-                         f"({', '.join(missing)}); mend them as said in their lines and check again.")
+                         f"({', '.join(missing)}); correct them as said in their lines and check again.")
     if not args.json:
         from saenb.ideas.run import baseline_run
         print(f"All of it is there; `saenb run {baseline_run().id} --preset {args.preset}` makes one record, "
@@ -390,7 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as e:
         if e.errno not in UNWRITABLE: raise
         return complain(f"{e.filename or getattr(args, 'out', '.')} cannot be read or written "
-                        f"({e.strerror}); what was finished is kept, so mend that or choose another folder, "
+                        f"({e.strerror}); what was finished is kept, so correct that or choose another folder, "
                         "and run the same command again.")
     except KeyboardInterrupt as e:
         return complain(getattr(e, "text", "") or "Stopped; what was finished is kept, and the same command "

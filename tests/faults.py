@@ -403,9 +403,9 @@ def cut_world(lab):
 def altered_checkpoint(lab):
     out = lab.out("store", "cache")
     path = begun(lab, out, lambda record: flip(record/"checkpoint.safetensors"))
-    said = lab.call(*lab.run(out)).sentence(path, "checksum differs", "restore it, or delete it and training begins anew")
+    said = lab.call(*lab.run(out)).sentence(path, "checksum differs", "restore it, or delete it and training starts over")
     assert path.exists() and lines(out/RECORD/"train_log.jsonl") == 1
-    return "training does not silently begin anew", said.last
+    return "training does not silently start over", said.last
 
 
 @fault("cut off", "train", "the training's log, where there is a checkpoint")

@@ -219,5 +219,5 @@ def test_settings_that_make_no_sense(fresh):
     cfg = fresh(d_sae=64).cfg
     for name, settings, said in (("ContrastiveGroups", dict(weight=0.1), "percentile or a number"), ("ContrastiveGroups", dict(weight=0.1, percentile=75, clusters=3), "percentile or a number"),
                                  ("ContrastiveGroups", dict(weight=0.1, percentile=75, every=0), "at least 1"), ("ContrastiveGroups", dict(weight=0.1, percentile=175), "from 0 to 100"),
-                                 ("ImportantFeatures", dict(activation=1.0, gradient=0.0, prune=1.0), "share to prune"), ("SideDivergence", dict(), "mend its settings")):
+                                 ("ImportantFeatures", dict(activation=1.0, gradient=0.0, prune=1.0), "share to prune"), ("SideDivergence", dict(), "correct its settings")):
         with pytest.raises(SaenbError, match=said): make_mechanism(name, settings, cfg)

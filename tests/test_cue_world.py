@@ -4,7 +4,9 @@ import itertools
 import json
 import random
 import re
+import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import asdict, replace
 
 import datasets
@@ -13,6 +15,7 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 
 from saenb.base.errors import SaenbError
+from saenb.base.locks import locked
 from saenb.cli import main
 from saenb.data import world as data_world
 from saenb.data.cue_facts import (CUE_ASKED, CUE_SUBJECTS, HEADER, NEIGHBOUR, CueWords, CueWorldConfig,
@@ -338,6 +341,18 @@ def test_a_build_that_was_stopped_goes_on(small, tmp_path, monkeypatch):
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} and folder/CHECKPOINT in before
     assert World.build(folder, SMALL).about["files"] == small.about["files"]
     assert not called and not (folder/CHECKPOINT).exists()
+
+
+def test_a_build_waits_for_another_in_its_folder(small, tmp_path):
+    """And then finds that the world is there; the other's files are left as they are."""
+    with ThreadPoolExecutor() as pool:
+        with locked(tmp_path/"w"):
+            building = pool.submit(World.build, tmp_path/"w", SMALL)
+            with pytest.raises(TimeoutError): building.result(timeout=1)
+            assert [p.name for p in (tmp_path/"w").iterdir()] == [".lock"]
+            shutil.copytree(small.path, tmp_path/"w", dirs_exist_ok=True)
+        with pytest.raises(SaenbError, match="holds a world already"): building.result()
+    World(tmp_path/"w").verify()
 
 
 def test_its_sources(small):

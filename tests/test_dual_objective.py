@@ -285,5 +285,5 @@ def test_settings_that_make_no_sense(fresh):
     cfg = fresh(d_sae=64).cfg
     for name, settings, said in (("SideBlocks", dict(block=7), "blocks of 7"), ("SideBlocks", dict(rest=1.0), "share that may rest"), ("SideBlocks", dict(every=0), "at least 1"),
                                  ("SideSeparation", dict(weight=0.1, margin=2), "from 0 to 1"), ("ClusterGates", dict(clusters=65), "65 clusters"), ("SideAttention", dict(heads=0), "0 heads"),
-                                 ("SideSeparation", dict(), "mend its settings")):
+                                 ("SideSeparation", dict(), "correct its settings")):
         with pytest.raises(SaenbError, match=said): make_mechanism(name, settings, cfg)

@@ -26,4 +26,4 @@ def test_every_stage_meets_every_fault():
 def test_a_fault_that_is_not_survived_is_found(lab, tmp_path):
     with pytest.raises(AssertionError): faults.Said(1, "", "Traceback ...").sentence()
     with pytest.raises(AssertionError): faults.Said(2, "", "saenb: It broke. And now?").sentence()
-    assert faults.Said(2, "", "saenb: It broke; mend it.").sentence("mend").last == "saenb: It broke; mend it."
+    assert faults.Said(2, "", "saenb: It broke; correct it.").sentence("correct").last == "saenb: It broke; correct it."

@@ -291,7 +291,7 @@ def test_a_checkpoint_with_one_byte_changed_is_refused(tiny_store, checkpoint, t
     data[len(data) // 2] ^= 1
     (tmp_path/CHECKPOINT).write_bytes(data)
     with pytest.raises(SaenbError,
-                       match="its checksum differs.; restore it, or delete it and training begins anew."):
+                       match="its checksum differs.; restore it, or delete it and training starts over."):
         trainer(tiny_store[0], tmp_path).resume()
 
 

@@ -275,6 +275,8 @@ def test_what_lies_below_an_edit_is_read_once(few, monkeypatch):
             lost = int((~plain & ~few.forgets).sum())
             assert (outcome.right is None) == (lost > 0 and lowest == 1)
             if outcome.right is not None: assert torch.equal(outcome.right, plain) and outcome.retain_errors == lost
+        below = (few.depth - 1) * len(few.stream)
+        assert batch.passes == below + batch.read # one block of each that is answered, and all others once
     assert {first for first, _ in firsts} == {few.depth - 1}
 
 

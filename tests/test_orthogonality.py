@@ -231,7 +231,7 @@ def test_settings_that_make_no_sense(fresh):
             (dict(by="coactivation", tau=0.1, share=0.1, rule="rising"), "rule 'rising' cannot be used"),
             (dict(by="window", tau=0.1, share=0.1), "cannot be chosen by window"),
             (dict(by="window", tau=0.1, share=0.1, window=5, windows=3), "cannot be chosen by window"),
-            (dict(tau=0.1), "mend its settings"),
+            (dict(tau=0.1), "correct its settings"),
             (dict(by="window", tau=0.1, share=0.1, window=0), "window of 0"),
             *((dict(by="coactivation", tau=0.1, share=0.1) | wrong, "Pairs cannot be charged")
               for wrong in (dict(refresh=0), dict(every=0), dict(tau=-1.0)))):

@@ -95,7 +95,7 @@ def test_a_killed_process_in_every_phase(whole, strike, tmp_path, monkeypatch):
 
 def test_without_a_folder_a_signal_keeps_nothing(strike, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    strike.at, strike.happens = 2, lambda: os.kill(os.getpid(), signal.SIGINT)
+    strike.at, strike.happens = 2, lambda: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Stopped) as stop: train(ONE)
     assert strike.steps == 2 and stop.value.text == "" and not list(tmp_path.iterdir())
 
@@ -105,7 +105,7 @@ def stopped(tmp_path_factory):
     """The checkpoint of a training on its way."""
     folder, update = tmp_path_factory.mktemp("stopped"), LessonSteps.update
     def struck(self, rate):
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
         update(self, rate)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(LessonSteps, "update", struck)

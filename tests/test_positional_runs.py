@@ -535,7 +535,7 @@ def test_settings_that_make_no_sense(fresh):
             ("HardMask", dict(parts=1), "into 1 parts"), ("HardMask", dict(parts=65), "into 65 parts"),
             ("HardMask", dict(length=1), "over 1 positions"),
             ("SoftMask", dict(temperature=0), "temperature is 0"),
-            ("SoftMask", {}, "mend its settings"), ("HybridMask", dict(rank=0), "through 0 directions"),
+            ("SoftMask", {}, "correct its settings"), ("HybridMask", dict(rank=0), "through 0 directions"),
             ("EvolvingMask", dict(every=0), "every 0 steps"),
             ("EvolvingMask", dict(step=2), "move 2 of the way"), ("FeatureRouter", dict(heads=0), "0 heads"),
             ("FeatureRouter", dict(groups=65), "65 groups"),

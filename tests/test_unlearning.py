@@ -120,6 +120,7 @@ def test_fast_equals_plain_on_every_dictionary(exam, dictionaries):
                 assert retain < exam.setup.lowest_retain, name
             else: assert torch.equal(row["right"], plain), name
         assert batch.read <= len(settings) * len(exam.stream)
+        assert batch.passes == batch.read * (exam.depth - exam.layer - 1)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Features that are hardly used begin anew: which, where, and with nothing left of what they were."""
+"""Features that are hardly used are reset: which, where, and with nothing left of what they were."""
 import pytest
 import torch
 

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from ..base.errors import SaenbError
 from ..base.files import file_digest, read_json, write_json, write_text
+from ..base.locks import locked
 from ..base.schemas import COUNT
 from .cue_facts import CUE_SUBJECTS, CueWorldConfig, CueWriter, make_cue_facts
 from .cue_model import make_cue_tokenizer, train_cue_model
@@ -141,7 +142,7 @@ def verify(self: World):
     for name, digest in self.about["files"].items():
         if not (self.path/name).exists() or file_digest(self.path/name) != digest:
             raise SaenbError(f"{self.path/name} is missing or not the file that this world was built "
-                             "with; install saenb again or build the world anew.")
+                             "with; install saenb again or build that world again.")
 
 # %% ../../nbs/1_data/08_world.ipynb #34f1829c
 def write_corpora(folder: Path, cfg, facts: list[Fact], edition: Edition):
@@ -184,9 +185,17 @@ def build(cls: World,
     log: list | None = None, # receives the model's training curve
 ) -> "World":
     "Make a world from its seed, or go on: facts, texts, questions, and a model that learns them."
-    folder = Path(folder)
-    if (folder/"world.json").exists():
+    _need_no_world(folder) # where nothing can be written either
+    with locked(folder): _build(Path(folder), cfg, log)
+    return cls(folder)
+
+def _need_no_world(folder):
+    if (Path(folder)/"world.json").exists():
         raise SaenbError(f"{folder} holds a world already; choose another folder or delete that one.")
+
+def _build(folder, cfg, log):
+    "Everything in a world's folder, unless another process has made it meanwhile."
+    _need_no_world(folder)
     number, edition = next((n, e) for n, e in EDITIONS.items() if isinstance(cfg, e.config))
     facts = edition.facts(cfg)
     phases = Phases(folder, dict(edition=number) | asdict(cfg), log) # before anything there is changed
@@ -196,10 +205,9 @@ def build(cls: World,
     save_model(folder/"model", edition.train(cfg, facts, tokenizer, phases), tokenizer)
     known = known_share(folder, edition)
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*")
-                   if p.is_file() and p != phases.path)
+                   if p.is_file() and p != phases.path and p.name != ".lock")
     write_json(folder/"world.json",
                dict(edition=number, config=asdict(cfg), known=known,
                     minutes=round(phases.seconds() / 60, 1),
                     files={n: file_digest(folder/n) for n in names}))
     phases.forget()
-    return cls(folder)

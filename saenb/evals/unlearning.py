@@ -92,12 +92,12 @@ def answers_in(rows: list[dict], exam: Exam) -> Answers:
 
 # %% ../../nbs/4_evaluation/78_unlearning.ipynb #f4cc5f7c
 def search(exam: Exam, sae, setup: UnlearningSetup, stats: FeatureStats) -> tuple[dict[str, list[dict]], int]:
-    "The rows of the setup's settings and of the reference's, and how many tokens the model read for them."
+    "The rows of the setup's settings and of the reference's, and tokens times blocks that they took to judge."
     asked = {"score": (setup.grid, setup.intervention)}
     reference = (setup.reference, REFERENCE_INTERVENTION)
     if setup.reference and reference != asked["score"]:
         asked["reference"] = reference
-    rows, read = {name: [] for name in asked}, 0
+    rows, passes = {name: [] for name in asked}, 0
     # settings of one intervention share what they read
     for kind in dict.fromkeys(kind for _, kind in asked.values()):
         intervention = INTERVENTIONS.named(kind)()
@@ -106,8 +106,8 @@ def search(exam: Exam, sae, setup: UnlearningSetup, stats: FeatureStats) -> tupl
                     for s in intervention.settings(grid, known)]
         found, batch = run_settings(exam, worked, settings, known, intervention)
         for row, s in zip(found, settings): rows[s["grid"]].append(row)
-        read += batch.read
-    return rows, read
+        passes += batch.passes
+    return rows, passes
 
 # %% ../../nbs/4_evaluation/78_unlearning.ipynb #f4f3e0fa
 def evaluate(
@@ -121,7 +121,7 @@ def evaluate(
     exam = exam or Exam(model, setup, sae.cfg.hook_layer)
     exam.need_questions()
     began, stats = time.perf_counter(), feature_stats(exam, sae)
-    rows, read = search(exam, sae, setup, stats)
+    rows, passes = search(exam, sae, setup, stats)
     main = score_of(rows["score"], exam, setup.retain_floor)
     reference = _reference_score(rows, exam, setup)
     points = [(r["retain_share"], r["forget_share"]) for r in rows["score"] if r["right"] is not None]
@@ -136,7 +136,7 @@ def evaluate(
         settings=[{k: v for k, v in r.items() if k not in ("right", "features")} for r in every],
         passing={str(t): int(len(choose_features(stats, t))) for t in setup.grid.thresholds},
         alive=int(((stats.forget > 0) | (stats.retain > 0)).sum()),
-        work=_work(exam, len(every), read) | dict(seconds=time.perf_counter() - began),
+        work=_work(exam, len(every), passes) | dict(seconds=time.perf_counter() - began),
         **kept_answers(answers, [q.subject for q in setup.questions], exam.number))
     return as_saebench("unlearning", sae, setup, config_of(setup),
                        dict(unlearning=dict(unlearning_score=ours["score"])), ours)
@@ -155,11 +155,10 @@ def _reference_score(rows, exam, setup):
     found = score_of(rows.get("reference", rows["score"]), exam, setup.retain_floor)
     return dict(reference_score=found["score"], reference_interval=found["interval"])
 
-def _work(exam, settings, read):
+def _work(exam, settings, passes):
     "Tokens times blocks that were computed, and that the plain way would have computed."
     tokens = len(exam.stream)
-    work = read * (exam.depth - exam.layer - 1) + tokens * exam.depth
-    plain = settings * tokens * exam.depth
+    work, plain = passes + tokens * exam.depth, settings * tokens * exam.depth
     return dict(token_passes=work, plain=plain, saved=1 - work / plain)
 
 # %% ../../nbs/4_evaluation/78_unlearning.ipynb #7c0f5e21

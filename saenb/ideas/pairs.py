@@ -223,4 +223,4 @@ def make_statistic(by: str, d_sae: int, **settings) -> PairStatistic:
     try: return cls(d_sae, **settings)
     except TypeError as e:
         raise SaenbError(
-            f"Pairs cannot be chosen by {by} with {settings} ({e}); mend its settings.") from None
+            f"Pairs cannot be chosen by {by} with {settings} ({e}); correct its settings.") from None

@@ -113,7 +113,7 @@ def read_toml(path: Path) -> dict:
     except FileNotFoundError:
         raise SaenbError(f"There is no preset in {path}; check the path.") from None
     except (ValueError, RecursionError, OSError) as e:
-        raise SaenbError(f"{path} is not readable as TOML ({str(e)[:80]}); mend it there.") from None
+        raise SaenbError(f"{path} is not readable as TOML ({str(e)[:80]}); correct it there.") from None
 
 def preset_from(path: str | Path) -> Preset:
     "The preset that a file describes."

@@ -41,7 +41,7 @@ def make_mechanism(
     try: return cls(d_in=cfg.d_in, d_sae=cfg.d_sae, **settings)
     except TypeError as e:
         raise SaenbError(
-            f"The mechanism {name} cannot be made from {settings} ({e}); mend its settings.") from None
+            f"The mechanism {name} cannot be made from {settings} ({e}); correct its settings.") from None
 
 # %% ../../nbs/2_dictionary/23_gates.ipynb #c2352594
 class JumpReLU(Gate):

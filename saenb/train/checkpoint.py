@@ -18,7 +18,7 @@ from ..base.schemas import CheckedDict, optional_fields, schema_error
 
 # %% ../../nbs/2_dictionary/28_checkpoints.ipynb #5b9a9c9b
 LOG, CHECKPOINT = "train_log.jsonl", "checkpoint.safetensors"
-REMEDY = "restore it, or delete it and training begins anew" # what to do about a checkpoint
+REMEDY = "restore it, or delete it and training starts over" # what to do about a checkpoint
 
 LINE = {str: (float, None)} # a line of the log: every term by its name
 TERMS = (optional_fields(dict.fromkeys(("loss", "reconstruction", "sparsity", "l0", "lr", "dead"), float))

@@ -30,7 +30,7 @@ from ..sae.sae import CONFIG, SAE, WEIGHTS, SAEConfig, to_file
 from .checkpoint import CHECKPOINT, REMEDY
 from .trainer import Trainer
 
-# %% ../../nbs/appendix/145_distributed.ipynb #03790ac9
+# %% ../../nbs/appendix/145_distributed.ipynb #c0117e57
 @dataclass(frozen=True)
 class Ranks:
     "The processes that train together, as known to one of them."
@@ -50,6 +50,7 @@ def _meeting():
 
 _trainings = count() # this process's, one after the other, as in all that train together
 
+# %% ../../nbs/appendix/145_distributed.ipynb #03790ac9
 @contextmanager
 def ranks() -> Iterator[Ranks]:
     "Join the processes that torchrun started, or be alone."

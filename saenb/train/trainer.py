@@ -207,7 +207,7 @@ def _stop_for(self: Trainer, numbers, first):
     kept = (f"the checkpoint of step {self._saved} is kept in {self.out}"
             if self.out and self._saved else "no checkpoint had been made")
     raise SaenbError(f"Training stopped at step {first + row}: "
-                     f"the term {bad[0]!r} of {owner} is not finite{cause}; {kept}, so mend the "
+                     f"the term {bad[0]!r} of {owner} is not finite{cause}; {kept}, so correct the "
                      "cause (a lower learning rate, cleaner data) and go on.")
 
 # %% ../../nbs/2_dictionary/27_trainer.ipynb #92d1ceb7

@@ -199,7 +199,8 @@ class InterventionBatch:
         settings: list[tuple], # for each its features, a number for each of them, and a rule if it has one
         intervention: Intervention, # what is done with them
     ):
-        self.exam, self.intervention, self.read = exam, intervention, 0
+        self.exam, self.intervention = exam, intervention
+        self.read = self.passes = 0 # tokens, and tokens times the blocks that were computed
         settings = [(*setting, {})[:3] for setting in settings]
         self.rules = [rule for _, _, rule in settings]
         # a column for each feature and bar
@@ -326,6 +327,7 @@ def run(self: InterventionBatch) -> list[Outcome]:
                                      asked=[exam.asked[q] for q in questions.tolist()])
         right[settings, questions] = letters == exam.answer[questions]
         self.read += read
+        self.passes += read * (exam.depth - exam.layer - 1)
         errors = (~right & ~exam.forgets).sum(1)
         alive = alive[errors[alive] <= most]
     kept = set(alive.tolist())
@@ -341,7 +343,8 @@ def lowest_block(weights: dict[str, torch.Tensor]) -> int:
 class EditBatch:
     "Edits of a model's weights, judged one after another."
     def __init__(self, exam: Exam, sae, settings: list[tuple], intervention: Intervention):
-        self.exam, self.sae, self.intervention, self.read = exam, sae, intervention, 0
+        self.exam, self.sae, self.intervention = exam, sae, intervention
+        self.read = self.passes = 0 # as an `InterventionBatch` counts them
         self.settings = [(*setting, {})[:3] for setting in settings]
         self.everywhere = torch.ones(len(exam.asked), dtype=torch.bool)
         self.blocks = in_blocks(exam, self.everywhere[None])
@@ -372,6 +375,7 @@ def _prepare(self: EditBatch, first):
         rows = sent(padded([exam.tokens[i] for i in group]), exam.device)
         return [row[:len(exam.tokens[i])].clone()
                 for i, row in zip(group, stream_at(exam.model, rows, first - 1))]
+    self.passes += first * len(exam.stream)
     self.given[first] = torch.cat(sum(exam.each_group(exam.tokens, read), []))
 
 @patch
@@ -385,4 +389,5 @@ def _answers(self: EditBatch, questions, first):
     answers, read = exam.answers([exam.prefixes[s] for s in sequences.tolist()], entering, first,
                                  asked=[exam.asked[q] for q in questions.tolist()])
     self.read += read
+    self.passes += read * (exam.depth - first)
     return answers
