@@ -14,8 +14,8 @@ help: ## Show this list
 reproduce: setup ## Make all runs, logs and figures; picks up where it was stopped
 	.venv/bin/saenb reproduce $(ARGS)
 
-# the baseline, and of each experiment a run that stood at the top of it on an embedded world
-REAL_RUNS := orthogonality/0 orthogonality/9 positional/7 contrastive/3 dual_objective/2
+# the baseline, and of each experiment a run that stood at the top of it, on an embedded world or on this model
+REAL_RUNS := orthogonality/0 orthogonality/9 positional/7 contrastive/3 dual_objective/5
 
 real: setup ## Fetch a small real model (238 MB) and make the baseline, one run of each experiment and the controls on it
 	.venv/bin/saenb fetch gemma-3-270m
