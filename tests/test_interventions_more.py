@@ -413,7 +413,38 @@ def test_cells_are_made_once_and_compared(few, random_sae, tmp_path, monkeypatch
     assert list(found) == [("random", "clamp"), ("random", "zero_ablation")]
     row, = table.as_table(found)
     assert row["dictionary"] == "random" and row["clamp"].startswith(f"{made['clamp']['eval_result_unstructured']['held_out']:.3f}")
-    value, low, high = table.difference(made["clamp"], made["zero_ablation"])
-    assert value == pytest.approx(made["clamp"]["eval_result_unstructured"]["held_out"] - made["zero_ablation"]["eval_result_unstructured"]["held_out"])
-    assert low <= value <= high
+    grouped = table.by_seed(found)
+    d = table.difference(grouped["random", "clamp"], grouped["random", "zero_ablation"])
+    assert d.value == pytest.approx(made["clamp"]["eval_result_unstructured"]["held_out"] - made["zero_ablation"]["eval_result_unstructured"]["held_out"])
+    assert d.low <= d.value <= d.high and d.seeds == 1
     assert table.picture(found).axes
+
+
+def test_a_table_is_filled_and_goes_on(work, setting, monkeypatch):
+    """A dictionary a row and seed, a cell a column, but one cell for all rows of what reads no dictionary; the second call makes nothing."""
+    from saenb.lab import intervention_table as table
+    out, brief = work(), replace(setting, name="brief", shares="tiny", training=replace(setting.training, steps=20), d_sae=192,
+                                evals=setting.evals | dict(unlearning=replace(setting.exam, grid=Grid(thresholds=(0.01,), n_features=(10,), multipliers=(8,), typical=True), reference=None)))
+    rows = dict(plain=dict(run="orthogonality/0"), topk=dict(run="orthogonality/0", architecture="topk,k=5"))
+    def fill(): return table.fill_table(rows, brief, ["zero_ablation", "raw_direction"], range(2), out, progress=False)
+    first = table.cell
+    def stopped(sae, named, preset, kind, out):
+        if named == "topk/seed_1": raise KeyboardInterrupt
+        return first(sae, named, preset, kind, out)
+    monkeypatch.setattr(table, "cell", stopped)
+    with pytest.raises(KeyboardInterrupt): fill()
+    kept = {p: p.read_bytes() for p in (out/"brief").rglob("*.json")}
+    assert set(table.cells(brief, out)) == {("plain/seed_0", "zero_ablation"), ("plain/seed_0", "raw_direction"), ("topk/seed_0", "zero_ablation"),
+                                            ("plain/seed_1", "zero_ablation"), ("plain/seed_1", "raw_direction")}
+    monkeypatch.setattr(table, "cell", first)
+    found = fill()
+    assert set(found) - {("topk/seed_1", "zero_ablation")} == set(table.cells(brief, out)) - {("topk/seed_1", "zero_ablation")} and len(found) == 6
+    assert kept.items() <= {p: p.read_bytes() for p in (out/"brief").rglob("*.json")}.items()
+    by = table.by_seed(found)
+    assert [list(by[key]) for key in (("plain", "zero_ablation"), ("topk", "zero_ablation"))] == [["0", "1"]] * 2 and ("topk", "raw_direction") not in by
+    plain, topk = table.as_table(found)
+    shares = table.forgotten(by["plain", "raw_direction"])
+    assert plain["raw_direction"] == f"{sum(shares) / 2:.3f} ({min(shares):.3f} to {max(shares):.3f})" and topk["raw_direction"] == ""
+    d = table.difference(by["plain", "raw_direction"], by["plain", "zero_ablation"])
+    assert d.seeds == 2 and d.value == pytest.approx((sum(shares) - sum(table.forgotten(by["plain", "zero_ablation"]))) / 2) and d.low <= d.value <= d.high
+    with pytest.raises(SaenbError, match="cannot be paired"): table.difference(by["plain", "zero_ablation"], {"0": by["topk", "zero_ablation"]["0"]})
