@@ -193,6 +193,8 @@ class Outcome:
 # %% ../../../nbs/4_evaluation/69_interventions.ipynb #a0cc10cd
 class InterventionBatch:
     "Interventions on one dictionary, judged together."
+    read = passes = 0 # tokens, and tokens times the blocks that were computed
+
     def __init__(self,
         exam: Exam, # the questions
         sae, # the dictionary, or features that read tokens (`encode_tokens`)
@@ -200,7 +202,6 @@ class InterventionBatch:
         intervention: Intervention, # what is done with them
     ):
         self.exam, self.intervention = exam, intervention
-        self.read = self.passes = 0 # tokens, and tokens times the blocks that were computed
         settings = [(*setting, {})[:3] for setting in settings]
         self.rules = [rule for _, _, rule in settings]
         # a column for each feature and bar
@@ -342,9 +343,10 @@ def lowest_block(weights: dict[str, torch.Tensor]) -> int:
 # %% ../../../nbs/4_evaluation/69_interventions.ipynb #aa18145e
 class EditBatch:
     "Edits of a model's weights, judged one after another."
+    read = passes = 0 # as an `InterventionBatch` counts them
+
     def __init__(self, exam: Exam, sae, settings: list[tuple], intervention: Intervention):
         self.exam, self.sae, self.intervention = exam, sae, intervention
-        self.read = self.passes = 0 # as an `InterventionBatch` counts them
         self.settings = [(*setting, {})[:3] for setting in settings]
         self.everywhere = torch.ones(len(exam.asked), dtype=torch.bool)
         self.blocks = in_blocks(exam, self.everywhere[None])

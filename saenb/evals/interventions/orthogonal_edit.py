@@ -64,7 +64,7 @@ class OrthogonalEdit(Intervention):
 class SubspaceBatch(InterventionBatch):
     "Subspaces taken out of the stream, judged together."
     def __init__(self, exam, sae, settings, intervention):
-        self.exam, self.intervention, self.read = exam, intervention, 0
+        self.exam, self.intervention = exam, intervention
         sets = [tuple(map(int, features)) for features, *_ in settings]
         different = list(dict.fromkeys(sets))
         self.keys = torch.tensor([different.index(s) for s in sets], dtype=torch.long)
