@@ -2234,6 +2234,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                            'saenb/lab/intervention_table.py'),
                                               'saenb.lab.intervention_table.forgotten': ( '4_evaluation/dictionaries_and_interventions.html#forgotten',
                                                                                           'saenb/lab/intervention_table.py'),
+                                              'saenb.lab.intervention_table.halved': ( '4_evaluation/dictionaries_and_interventions.html#halved',
+                                                                                       'saenb/lab/intervention_table.py'),
                                               'saenb.lab.intervention_table.main_evaluation': ( '4_evaluation/dictionaries_and_interventions.html#main_evaluation',
                                                                                                 'saenb/lab/intervention_table.py'),
                                               'saenb.lab.intervention_table.picture': ( '4_evaluation/dictionaries_and_interventions.html#picture',

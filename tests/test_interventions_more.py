@@ -421,7 +421,7 @@ def test_cells_are_made_once_and_compared(few, random_sae, tmp_path, monkeypatch
 
 
 def test_a_table_is_filled_and_goes_on(work, setting, monkeypatch):
-    """A dictionary a row and seed, a cell a column, but one cell for all rows of what reads no dictionary; the second call makes nothing."""
+    """A dictionary a row and seed, a cell a column, but one cell for all rows of what reads no dictionary; stopped, it goes on with what is missing."""
     from saenb.lab import intervention_table as table
     out, brief = work(), replace(setting, name="brief", shares="tiny", training=replace(setting.training, steps=20), d_sae=192,
                                 evals=setting.evals | dict(unlearning=replace(setting.exam, grid=Grid(thresholds=(0.01,), n_features=(10,), multipliers=(8,), typical=True), reference=None)))
@@ -434,11 +434,12 @@ def test_a_table_is_filled_and_goes_on(work, setting, monkeypatch):
     monkeypatch.setattr(table, "cell", stopped)
     with pytest.raises(KeyboardInterrupt): fill()
     kept = {p: p.read_bytes() for p in (out/"brief").rglob("*.json")}
-    assert set(table.cells(brief, out)) == {("plain/seed_0", "zero_ablation"), ("plain/seed_0", "raw_direction"), ("topk/seed_0", "zero_ablation"),
-                                            ("plain/seed_1", "zero_ablation"), ("plain/seed_1", "raw_direction")}
+    before = set(table.cells(brief, out))
+    assert before == {("plain/seed_0", "zero_ablation"), ("plain/seed_0", "raw_direction"), ("topk/seed_0", "zero_ablation"),
+                      ("plain/seed_1", "zero_ablation"), ("plain/seed_1", "raw_direction")}
     monkeypatch.setattr(table, "cell", first)
     found = fill()
-    assert set(found) - {("topk/seed_1", "zero_ablation")} == set(table.cells(brief, out)) - {("topk/seed_1", "zero_ablation")} and len(found) == 6
+    assert set(found) == before | {("topk/seed_1", "zero_ablation")}
     assert kept.items() <= {p: p.read_bytes() for p in (out/"brief").rglob("*.json")}.items()
     by = table.by_seed(found)
     assert [list(by[key]) for key in (("plain", "zero_ablation"), ("topk", "zero_ablation"))] == [["0", "1"]] * 2 and ("topk", "raw_direction") not in by

@@ -190,6 +190,7 @@ def build(cls: World,
     return cls(folder)
 
 def _need_no_world(folder):
+    "Raise if a folder holds a world."
     if (Path(folder)/"world.json").exists():
         raise SaenbError(f"{folder} holds a world already; choose another folder or delete that one.")
 
