@@ -3,15 +3,18 @@ import json
 import random
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from standin import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from saenb.base.errors import SaenbError
-from saenb.data.continuation import Continued, Examiner, continued, likelihoods
-from saenb.data.shared_prefixes import Trie, prefix_ids, read_ends
+from saenb.data.continuation import Continued, Examiner, continued, likelihoods, likeliest
+from saenb.data.shared_prefixes import Ends, Trie, prefix_ids, read_ends
 from saenb.data.sources import WORDINGS, QuestionSource, TextSource, boot
 from saenb.evals.autopsy import autopsy
 from saenb.evals.contextual_reference import contextual_reference
@@ -145,6 +148,28 @@ def test_log_probabilities_are_those_of_transformers(pair, answered):
         wanted = totals(plain, model.tokenizer, WORDINGS[0].replace("{}", row["question"]), row["choices"]).double()
         got = got[:len(wanted)]
         torch.testing.assert_close(got - got.mean(), wanted - wanted.mean(), rtol=1e-4, atol=1e-4)
+
+
+@given(seed=st.integers(0, 2**16), few=st.integers(1, 20), scale=st.sampled_from([0.1, 1.0, 5.0, 20.0]), capped=st.sampled_from([None, 3.0]))
+@settings(max_examples=60, deadline=None)
+def test_the_answer_by_bounds_is_the_answer(seed, few, scale, capped):
+    """Whatever part of the words gives the bounds; and all words are computed at fewer places than without them."""
+    draw = torch.Generator().manual_seed(seed)
+    head = torch.nn.Linear(6, 200, bias=False)
+    with torch.no_grad(): head.weight.copy_(scale * torch.randn(200, 6, generator=draw))
+    model = SimpleNamespace(original_model=SimpleNamespace(config=SimpleNamespace(final_logit_softcapping=capped)), unembed=SimpleNamespace(original_component=head))
+    def words(n): return tuple(torch.randint(200, (n,), generator=draw).tolist())
+    questions = [continued([1, 2], list(dict.fromkeys(words(1 + i % 3) for i in range(4)))) for _ in range(12)]
+    places = sum(sum(q.ends) for q in questions)
+    ends = Ends(model, torch.randn(places // 2 + 1, 6, generator=draw)) # leaves that questions share
+    ends.few, leaf, read = few, torch.randint(places // 2 + 1, (places,), generator=draw), []
+    inner = ends.normalisers
+    ends.normalisers = lambda leaves: read.extend(leaves.unique().tolist()) or inner(leaves)
+    with torch.no_grad():
+        wanted = likelihoods(questions, ends, leaf).argmax(1)
+        every = len(read)
+        assert ends.bounds_pay and likeliest(questions, ends, leaf).tolist() == wanted.tolist()
+    assert len(set(read[every:])) == len(read[every:]) <= every
 
 
 @one_model

@@ -157,6 +157,17 @@ def test_all_runs_stand_beside_their_baselines_and_the_controls(tmp_path):
     assert everything(tmp_path) is None # one experiment has figures of its own
 
 
+def test_a_baseline_that_is_the_same_training_stands_in_for_another(tmp_path):
+    """Only where everything but the mechanisms is alike; batches that take half their rows from each corpus make another training."""
+    real = ROOT/"runs"/"gemma-3-270m-full"
+    for run in ("orthogonality/run_0", "contrastive/run_1", "dual_objective/run_1"):
+        shutil.copytree(real/run/"seed_0", tmp_path/run/"seed_0")
+    assert [r.run for r in Material(tmp_path, "contrastive").baseline] == ["orthogonality/0"]
+    assert Material(tmp_path, "dual_objective").baseline == []
+    assert [r.run for r in Material(KEPT, "contrastive").baseline] == ["contrastive/0"] * 3
+    assert Material(tmp_path, "unknown").baseline == []
+
+
 def test_every_runs_score_is_seen_at_a_glance(tmp_path):
     """Every run by name, wide and on a phone; bars are means, dots are seeds, and intervals stay within the scores' range."""
     named = {title: records for e in ("orthogonality", "positional", "contrastive", "dual_objective") for title, records in titled(Material(KEPT, e)).items()}

@@ -420,6 +420,38 @@ def test_cells_are_made_once_and_compared(few, random_sae, tmp_path, monkeypatch
     assert table.picture(found).axes
 
 
+def result_of(right, ran=None):
+    """An unlearning result that keeps these answers, [settings, questions]; 20 facts to forget and 20 to retain, in two halves."""
+    from saenb.evals.halves import Answers, kept_answers
+    side, ran = np.repeat([0, 1], 20), np.ones(len(right), bool) if ran is None else ran
+    answers = Answers(np.asarray(right, bool), ran, side, np.arange(40), np.tile([0, 1], 20))
+    kept = kept_answers(answers, ["gone", "kept"], [*range(20), *range(20)])
+    return dict(eval_result_unstructured=kept | dict(retain_floor=0.9, held_out=0.0))
+
+
+def test_a_cell_is_chosen_on_one_half_and_reported_on_the_other():
+    """Of several cells the one that forgets most on the half of choice is taken, and not the one that happens to forget most on the half of report."""
+    from saenb.lab.intervention_table import difference
+    rng = np.random.default_rng(3)
+    ones, others = {}, {}
+    for seed in "012":
+        cells = [rng.random((4, 40)) < np.repeat([0.6, 0.97], 20) for _ in range(3)]
+        ones[seed], others[seed] = [result_of(c) for c in cells], result_of(np.ones((1, 40)))
+        every, half, expected = np.vstack(cells), np.tile([0, 1], 20), []
+        for here, there in ((0, 1), (1, 0)):
+            fit = [s for s in every if s[20:][half[20:] == here].sum() >= 9]
+            best = min(fit, key=lambda s: (s[:20][half[:20] == here].sum(), -s[20:][half[20:] == here].sum()))
+            expected.append(1 - best[:20][half[:20] == there].mean())
+        alone = difference({seed: ones[seed]}, {seed: others[seed]})
+        assert alone.value == pytest.approx(np.mean(expected)) and alone.low <= alone.value <= alone.high
+    d = difference(ones, others)
+    assert d.seeds == 3 and d.low <= d.value <= d.high
+    with pytest.raises(SaenbError, match="cannot be paired"): difference(ones, {"0": others["0"]})
+    odd = result_of(np.ones((1, 40)))
+    odd["eval_result_unstructured"]["asked"]["gone"] = [*range(1, 20)]
+    with pytest.raises(SaenbError, match="asked different questions"): difference({"0": [ones["0"][0], odd]}, {"0": others["0"]})
+
+
 def test_a_table_is_filled_and_goes_on(work, setting, monkeypatch):
     """A dictionary a row and seed, a cell a column, but one cell for all rows of what reads no dictionary; stopped, it goes on with what is missing."""
     from saenb.lab import intervention_table as table

@@ -191,6 +191,7 @@ def supports_prefix_sharing(model) -> bool:
 class Ends:
     "What a model says at the leaves of a trie; of its words only those are computed that are asked for."
     chunk = 64 # leaves at which all words are computed together
+    few = 8192 # words that bound all of them
 
     def __init__(self, model, states: torch.Tensor | None = None, whole: torch.Tensor | None = None):
         self.hf, self.head = model.original_model, model.unembed.original_component
@@ -219,6 +220,17 @@ class Ends:
         which, back = map(self.there, leaves.unique(return_inverse=True))
         parts = [self.logits(part).float().logsumexp(-1) for part in which.split(self.chunk)]
         return torch.cat(parts)[back] if parts else self.there(torch.zeros(0))
+
+    @property
+    def bounds_pay(self) -> bool:
+        "Whether a part of the words costs much less than all of them."
+        return self.whole is None and self.states.device.type == "cpu" and len(self.head.weight) > 8 * self.few
+
+    def least_normalisers(self, leaves: torch.Tensor) -> torch.Tensor:
+        "What `normalisers` gives at least, from the first words of the vocabulary alone."
+        which, back = leaves.unique(return_inverse=True)
+        logits = self._capped(self.states[which] @ self.head.weight[:self.few].T)
+        return logits.float().logsumexp(-1)[back]
 
 # %% ../../nbs/appendix/144_shared_prefixes.ipynb #7393f7b7
 @torch.no_grad()

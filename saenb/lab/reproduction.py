@@ -29,8 +29,8 @@ from .preset_files import find_preset
 from .presets import Preset
 from .ray_engine import need_ray, on_ray
 from .records import CONTROLS_SHAPE, CONTROL_NAMES, Record, find_records
-from .runner import (evaluate_sae, exam_of, has_dictionary, placed, plan_record, run, shown_by,
-                              store_of)
+from .runner import (evaluate_sae, exam_of, has_dictionary, placed, plan_record, release_models,
+                              run, shown_by, store_of)
 from ..report.explorer import explore, write_page
 from ..report.figures import draw_figures
 from ..report.logbook import write_logs
@@ -183,6 +183,7 @@ def _make_all(there, work, preset, common, several, total):
         if several is None or not work: return
         store_of(preset, common["out"]) # what all of them need is made first, with all cores
         if preset.asks: exam_of(preset, common["out"]).need_questions()
+        release_models()
         # Ray reports machines that die on stdout
         with (redirect_stdout(sys.stderr),
               closing(several(_make, [(parts, common) for parts in work])) as ended):

@@ -25,9 +25,9 @@ from ..base.declarations import modules_in
 from ..base.errors import SaenbError, escape_markup
 from ..base.files import read_json
 from ..base.schemas import positive
-from ..ideas.run import experiments
+from ..ideas.run import baseline_run, experiments
 from ..lab.records import CONTROL_NAMES, CONTROLS_SHAPE, MARK, Record, find_records, over_seeds
-from .compare import numbers
+from .compare import conditions, numbers
 from .plots import (
     FIELDS, PHONE, STYLE, WIDE, bar_row, headline_field, hue, keep, loss_panels, readable, run_style,
     training_curves, unlearning_scores)
@@ -79,6 +79,12 @@ def title(self: Material) -> str:
     marked = f"; {MARK_SAYS}" if any(r.labelled for r in self.records) else ""
     where = f"{self.experiment}, {self.records[0].config['preset']}"
     return f"{where}, {seeds} seed{'s' * (max(counts) > 1)}{marked}"
+
+@patch(as_prop=True)
+def baseline(self: Material) -> list[Record]:
+    "The records of its baseline; where there are none, the first experiment's if they are the same training."
+    return self.of(0) or [r for r in find_records(self.root, baseline_run().id)
+                          if self.records and conditions(self.records[0]) == conditions(r)]
 
 # %% ../../nbs/5_laboratory/120_figures.ipynb #44cf5235
 def named(ax, names):
@@ -222,8 +228,8 @@ def _columns(materials: list[Material], count: int) -> list[list[Material]]:
 
 def _baseline_band(ax, material: Material, field: str, top: float, bottom: float):
     "The interval of an experiment's baseline, shaded behind its rows."
-    low, high = (over_seeds([r.unlearning[field] for r in material.of(0)])[1:]
-                 if material.of(0) else (np.nan,) * 2)
+    base = material.baseline
+    low, high = over_seeds([r.unlearning[field] for r in base])[1:] if base else (np.nan,) * 2
     if np.isfinite(low):
         ax.fill_betweenx([top, bottom], max(0, low), min(1, high), color="0.5", alpha=0.15, lw=0)
 
