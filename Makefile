@@ -14,10 +14,10 @@ help: ## Show this list
 reproduce: setup ## Make all runs, logs and figures; picks up where it was stopped
 	.venv/bin/saenb reproduce $(ARGS)
 
-# the baseline, and of each experiment a run that stood at the top of it, on an embedded world or on this model
-REAL_RUNS := orthogonality/0 orthogonality/9 positional/7 contrastive/3 dual_objective/5
+# both baselines, and of each experiment one of the runs at its top on this model
+REAL_RUNS := orthogonality/0 orthogonality/2 positional/5 contrastive/3 dual_objective/0 dual_objective/5
 
-real: setup ## Fetch a small real model (238 MB) and make the baseline, one run of each experiment and the controls on it
+real: setup ## Fetch a small real model (238 MB) and make the baselines, one run of each experiment and the controls on it
 	.venv/bin/saenb fetch gemma-3-270m
 	.venv/bin/saenb reproduce $(REAL_RUNS) --preset gemma-3-270m $(ARGS)
 
