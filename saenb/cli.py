@@ -109,7 +109,8 @@ def reproduce_command(args):
     if args.json: return made
     print("\nRecords, one folder a run and seed:", *made["records"], sep="\n  ")
     print("Figures and pages:", *made["figures"], sep="\n  ")
-    first = next((p for p in drawn if p.parent.name == records[0].run.split("/")[0]), drawn[0])
+    places = ("/overview/all_runs", f"/{records[0].run.split('/')[0]}/") # several experiments have one picture
+    first = next((p for place in places for p in drawn if place in p.as_posix()), drawn[0])
     print(f"\nLook first at {first}, then at {records[0].path/'notes.md'}.")
 
 # %% ../nbs/5_laboratory/129_cli.ipynb #62d4cc20

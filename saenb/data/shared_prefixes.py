@@ -221,16 +221,18 @@ class Ends:
         parts = [self.logits(part).float().logsumexp(-1) for part in which.split(self.chunk)]
         return torch.cat(parts)[back] if parts else self.there(torch.zeros(0))
 
-    @property
-    def bounds_pay(self) -> bool:
-        "Whether a part of the words costs much less than all of them."
-        return self.whole is None and self.states.device.type == "cpu" and len(self.head.weight) > 8 * self.few
+# %% ../../nbs/appendix/144_shared_prefixes.ipynb #bnd00004
+@patch(as_prop=True)
+def bounds_pay(self: Ends) -> bool:
+    "Whether a part of the words costs much less than all of them."
+    return self.whole is None and self.states.device.type == "cpu" and len(self.head.weight) > 8 * self.few
 
-    def least_normalisers(self, leaves: torch.Tensor) -> torch.Tensor:
-        "What `normalisers` gives at least, from the first words of the vocabulary alone."
-        which, back = leaves.unique(return_inverse=True)
-        logits = self._capped(self.states[which] @ self.head.weight[:self.few].T)
-        return logits.float().logsumexp(-1)[back]
+@patch
+def least_normalisers(self: Ends, leaves: torch.Tensor) -> torch.Tensor:
+    "What `normalisers` gives at least, from the first words of the vocabulary alone."
+    which, back = leaves.unique(return_inverse=True)
+    logits = self._capped(self.states[which] @ self.head.weight[:self.few].T)
+    return logits.float().logsumexp(-1)[back]
 
 # %% ../../nbs/appendix/144_shared_prefixes.ipynb #7393f7b7
 @torch.no_grad()
