@@ -224,8 +224,9 @@ class Ends:
 # %% ../../nbs/appendix/144_shared_prefixes.ipynb #bnd00004
 @patch(as_prop=True)
 def bounds_pay(self: Ends) -> bool:
-    "Whether a part of the words costs much less than all of them."
-    return self.whole is None and self.states.device.type == "cpu" and len(self.head.weight) > 8 * self.few
+    "Whether a part of the words costs much less than all of them, and is exact enough to bound them."
+    if self.whole is not None or self.states.device.type != "cpu": return False
+    return self.states.dtype == torch.float32 and len(self.head.weight) > 8 * self.few
 
 @patch
 def least_normalisers(self: Ends, leaves: torch.Tensor) -> torch.Tensor:
