@@ -3392,4 +3392,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'saenb.train.trainer.Trainer.take': ( '2_dictionary/trainer.html#trainer.take',
                                                                            'saenb/train/trainer.py'),
                                      'saenb.train.trainer.Trainer.with_hook': ( '2_dictionary/trainer.html#trainer.with_hook',
-                                                                                'saenb/train/trainer.py')}}}
+                                                                                'saenb/train/trainer.py'),
+                                     'saenb.train.trainer._in_float32_digits': ( '2_dictionary/trainer.html#_in_float32_digits',
+                                                                                 'saenb/train/trainer.py')}}}

@@ -115,15 +115,17 @@ def test_ablations_and_the_conditional_clamp_by_hand(few, random_sae, stats, tex
 def test_bars_are_percentiles(few, random_sae, stats):
     rows = torch.cat([random_sae.encode(x)[keep] for x, keep in few.corpus("retain")]).detach()
     bars = retained_bars(few, random_sae)
-    assert not bars[0].any()
-    for bar, level in zip(bars[1:], LEVELS[1:]):
+    for bar, level in zip(bars, LEVELS):
         np.testing.assert_array_equal(bar, np.percentile(rows.numpy(), level, axis=0, method="inverted_cdf"))
     above = shares_above(few, random_sae, bars, "retain")
     assert (above.max(1) <= 1 - np.array(LEVELS) / 100 + 1e-6).all()
     intervention, _, known, settings = prepared("conditional_clamp", few, random_sae, stats)
-    clamp = INTERVENTIONS.named("clamp")()
-    for s in settings: # at percentile 0 they are the clamp's
-        if s["percentile"] == 0: assert s["features"].tolist() == clamp.choose(stats, s["retain_threshold"])[:s["n_features"]].tolist()
+    forgotten = shares_above(few, random_sae, bars, "forget")
+    for s in settings: # the densest above their bars on forgotten text
+        level, chosen = LEVELS.index(s["percentile"]), s["features"]
+        densest = forgotten[level][chosen]
+        assert (np.diff(densest) <= 0).all() and densest.min() == np.sort(forgotten[level])[::-1][len(chosen) - 1]
+        np.testing.assert_array_equal(intervention.rule(s, known)["bars"], bars[level][torch.from_numpy(chosen.copy())])
 
 
 def test_the_raw_direction_by_hand(few, random_sae, stats, text):
@@ -335,7 +337,7 @@ def test_training_goes_where_it_should(few, random_sae, stats):
 def test_a_folder_gives_the_model_back(name, few, random_sae, stats, tmp_path):
     """It answers as the exam says, and writes the same with a cache, without one, and padded on the left."""
     intervention, worked, known, settings = prepared(name, few, random_sae, stats)
-    setting = next(s for s in reversed(settings) if s["multiplier"] in (None, 4) and s.get("quiet", 90) == 90)
+    setting = next(s for s in reversed(settings) if s["multiplier"] in (None, 4, 8) and s.get("quiet", 90) == 90)
     features, values, rule = intervention.asked(setting, known)
     found = dict(dictionary=worked, features=[int(f) for f in features], values=values, rule=rule, setting=dict(n=3),
                  **{k: dict(forget_left=0.5, retain_left=1.0) for k in ("chosen_on", "reported_on")})

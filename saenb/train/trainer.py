@@ -175,9 +175,14 @@ def flush(self: Trainer):
     with torch.no_grad():
         line |= {f"{type(m).__name__}.{name}": None if value is None or not math.isfinite(value) else value
                  for m in self.with_hook("numbers") for name, value in m.numbers(self.sae).items()}
+    line = {name: _in_float32_digits(value) for name, value in line.items()}
     self.history.append(line)
     if self.out and self.leads: add_line(self.out/LOG, json.dumps(line))
     if self.watch: self.watch(line)
+
+def _in_float32_digits(value):
+    "A number with as many digits as float32 tells apart."
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 @patch
 def _seen(self: Trainer) -> tuple[torch.Tensor, torch.Tensor]:

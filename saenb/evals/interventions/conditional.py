@@ -61,8 +61,8 @@ class MeanAblation(ZeroAblation):
         return values.expand_as(f)
 
 # %% ../../../nbs/4_evaluation/71_conditional.ipynb #fe5d4a2a
-LEVELS = (0, 90, 99, 99.9) # percentiles of retained activations
-STRENGTHS = (0, 1, 4, 16, 64) # in typical activations
+LEVELS = (90, 99, 99.9) # percentiles of retained activations
+STRENGTHS = (1, 8, 64) # in typical activations
 
 @torch.no_grad()
 def retained_bars(exam: Exam, sae, levels=LEVELS, room: int = 2**24) -> torch.Tensor:
@@ -89,20 +89,19 @@ def shares_above(exam: Exam, sae, bars: torch.Tensor, side: str) -> np.ndarray:
 class ConditionalClamp(Intervention):
     "A chosen feature that is above a percentile of its retained activations is set to minus a value."
     name = "conditional_clamp"
+    levels, strengths = LEVELS, STRENGTHS
 
     def prepare(self, exam, sae, stats):
         "Bars, and how often features are above them."
-        bars = retained_bars(exam, sae)
-        above = {side: shares_above(exam, sae, bars[1:], side) for side in ("forget", "retain")}
-        above = {side: np.concatenate([getattr(stats, side)[None], shares]) for side, shares in above.items()}
+        bars = retained_bars(exam, sae, self.levels)
+        above = {side: shares_above(exam, sae, bars, side) for side in ("forget", "retain")}
         return sae, with_more(stats, bars=bars.numpy(), **above)
 
     def settings(self, grid, stats):
-        "All percentiles and strengths; only above bars of 0 are features spared for their density."
-        levels = [(0, t) for t in grid.thresholds] + [(i, 1.0) for i in range(1, len(LEVELS))]
-        return [dict(retain_threshold=t, n_features=n, multiplier=v, typical=True, percentile=LEVELS[i],
-                     features=self.choose(self.above(stats, i), t)[:n])
-                for i, t in levels for n in grid.n_features for v in STRENGTHS]
+        "All percentiles and strengths; no feature is spared for its density."
+        return [dict(retain_threshold=1.0, n_features=n, multiplier=v, typical=True, percentile=level,
+                     features=self.choose(self.above(stats, i), 1.0)[:n])
+                for i, level in enumerate(self.levels) for n in grid.n_features for v in self.strengths]
 
     def above(self, stats: MoreStats, level: int) -> FeatureStats:
         "Densities of being above the bars of a level."
@@ -110,7 +109,7 @@ class ConditionalClamp(Intervention):
 
     def rule(self, setting, stats):
         "The bars of the setting's features."
-        bars = stats.more["bars"][LEVELS.index(setting["percentile"])]
+        bars = stats.more["bars"][self.levels.index(setting["percentile"])]
         return dict(bars=torch.from_numpy(bars[setting["features"]]))
 
     def change(self, f, values):

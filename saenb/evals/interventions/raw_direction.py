@@ -12,7 +12,7 @@ import torch
 
 from ..evaluation import at_text, exact
 from ..exam import Exam, feature_stats
-from .conditional import ConditionalClamp
+from .conditional import LEVELS, ConditionalClamp
 from ...sae.sae import SAE, SAEConfig
 
 # %% ../../../nbs/4_evaluation/72_direction.ipynb #7389d830
@@ -45,6 +45,7 @@ class RawDirection(ConditionalClamp):
     "No dictionary: the stream is pushed back along the difference of the corpora's means."
     name = "raw_direction"
     chooses = False
+    levels, strengths = (0, *LEVELS), (0, 1, 4, 16, 64) # no clamp serves percentile 0
 
     def prepare(self, exam, sae, stats):
         "A dictionary of one feature, and its percentiles."
@@ -56,4 +57,4 @@ class RawDirection(ConditionalClamp):
 
     def settings(self, grid, stats):
         "Percentiles and strengths, for one feature that is never spared."
-        return super().settings(replace(grid, thresholds=(1.0,), n_features=(1,)), stats)
+        return super().settings(replace(grid, n_features=(1,)), stats)
