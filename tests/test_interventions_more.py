@@ -469,17 +469,20 @@ def test_a_table_is_filled_and_goes_on(work, setting, monkeypatch):
     with pytest.raises(KeyboardInterrupt): fill()
     kept = {p: p.read_bytes() for p in (out/"brief").rglob("*.json")}
     before = set(table.cells(brief, out))
-    assert before == {("plain/seed_0", "zero_ablation"), ("plain/seed_0", "raw_direction"), ("topk/seed_0", "zero_ablation"),
-                      ("plain/seed_1", "zero_ablation"), ("plain/seed_1", "raw_direction")}
+    assert before == {("plain/seed_0", "zero_ablation"), ("no_dictionary", "raw_direction"), ("topk/seed_0", "zero_ablation"),
+                      ("plain/seed_1", "zero_ablation")}
     monkeypatch.setattr(table, "cell", first)
     found = fill()
     assert set(found) == before | {("topk/seed_1", "zero_ablation")}
     assert kept.items() <= {p: p.read_bytes() for p in (out/"brief").rglob("*.json")}.items()
     by = table.by_seed(found)
     assert [list(by[key]) for key in (("plain", "zero_ablation"), ("topk", "zero_ablation"))] == [["0", "1"]] * 2 and ("topk", "raw_direction") not in by
-    plain, topk = table.as_table(found)
-    shares = table.forgotten(by["plain", "raw_direction"])
-    assert plain["raw_direction"] == f"{sum(shares) / 2:.3f} ({min(shares):.3f} to {max(shares):.3f})" and topk["raw_direction"] == ""
-    d = table.difference(by["plain", "raw_direction"], by["plain", "zero_ablation"])
-    assert d.seeds == 2 and d.value == pytest.approx((sum(shares) - sum(table.forgotten(by["plain", "zero_ablation"]))) / 2) and d.low <= d.value <= d.high
+    shown = {row["dictionary"]: row for row in table.as_table(found)}
+    (alone,), shares = table.forgotten(by["no_dictionary", "raw_direction"]), table.forgotten(by["plain", "zero_ablation"])
+    assert shown["plain"]["zero_ablation"] == f"{sum(shares) / 2:.3f} ({min(shares):.3f} to {max(shares):.3f})" and shown["topk"]["raw_direction"] == ""
+    assert shown["no_dictionary"]["raw_direction"].startswith(f"{alone:.3f} (") and shown["no_dictionary"]["zero_ablation"] == ""
+    d = table.difference(by["no_dictionary", "raw_direction"], by["plain", "zero_ablation"])
+    assert d.seeds == 2 and d.value == pytest.approx(alone - sum(shares) / 2) and d.low <= d.value <= d.high
+    turned = table.difference(by["plain", "zero_ablation"], by["no_dictionary", "raw_direction"])
+    assert (turned.value, turned.low, turned.high) == pytest.approx((-d.value, -d.high, -d.low))
     with pytest.raises(SaenbError, match="cannot be paired"): table.difference(by["plain", "zero_ablation"], {"0": by["topk", "zero_ablation"]["0"]})
