@@ -16,6 +16,7 @@ from saenb.evals.exam import feature_stats
 from saenb.evals.halves import held_out_fields, levels_from
 from saenb.evals.interventions import crisp
 from saenb.evals.unlearning import answers_in, run_settings
+from saenb.lab.intervention_table import training_alone
 from saenb.lab.preset_files import find_preset
 from saenb.lab.runner import exam_of, run
 
@@ -54,7 +55,7 @@ def main():
     exam = exam_of(preset, given.out)
     exam.need_questions()
     for name in given.runs.split(","):
-        sae = run(name, preset, 0, given.out, progress=False).sae
+        sae = run(name, training_alone(preset), 0, given.out, progress=False).sae
         for way, loss in dict(constant=constant, attached=attached).items():
             for margin in (10, 50):
                 if f"{way} {margin}" in found.get(name, {}): continue
