@@ -146,7 +146,7 @@ def evaluations(sae):
     case("absorption", lambda: absorption.absorption(x, f, sae.W_dec, there(width), [1, 3]))
     case("position", lambda: position.information(there(3, 2, 4, sae.cfg.d_sae)))
     case("order probing", lambda: order_probing.pooled(there(3, 5, width), torch.ones(3, 5, dtype=torch.bool).to("cuda")))
-    case("entanglement", lambda: entanglement.correlations(sae, x, torch.arange(20), by_lot=1)[0])
+    case("entanglement", lambda: entanglement.correlations(sae, x, torch.arange(20), by_chance=1)[0])
     case("taxonomy", lambda: taxonomy.agreement(f, f > 0, there(20, 7)))
     case("explorer", lambda: explorer._places(0, 4, f.max(0, keepdim=True).indices))
     case("mixture of an evaluation", lambda: absorption.absorption(x, f, sae.W_dec.cpu(), there(width), [1, 3]))

@@ -218,7 +218,7 @@ def test_the_l1_norm_leaves_few_features(synthetic):
     assert sparse < 0.3 * plain
 
 
-def test_intervals_draw_words_anew():
+def test_intervals_draw_other_words():
     draw = torch.Generator().manual_seed(0)
     label = torch.arange(400) // 100
     own = F.one_hot(label, 4).T.double()

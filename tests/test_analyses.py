@@ -82,10 +82,10 @@ def test_seeds_agree_as_far_as_features_match(records, setting):
     out, made = records
     store = store_of(setting, out)
     found = pairs_between_seeds(made, store)
-    assert list(found) == ["orthogonality/1"] and {k: len(v) for k, v in found["orthogonality/1"].items()} == dict(agreement=1, cosine=1, by_lot=1)
+    assert list(found) == ["orthogonality/1"] and {k: len(v) for k, v in found["orthogonality/1"].items()} == dict(agreement=1, cosine=1, by_chance=1)
     same = pairs_between_seeds([made[0], made[0]], store)["orthogonality/1"] # a seed and itself
     assert same["agreement"] == [1.0] and same["cosine"][0] == pytest.approx(1, abs=1e-4)
-    assert found["orthogonality/1"]["agreement"][0] < 1 and same["by_lot"][0] == pytest.approx(0.001 / 1.999, rel=0.01)
+    assert found["orthogonality/1"]["agreement"][0] < 1 and same["by_chance"][0] == pytest.approx(0.001 / 1.999, rel=0.01)
 
 
 def test_the_lab_keeps_analyses_and_makes_what_is_missing(records, small):

@@ -130,7 +130,7 @@ def test_a_records_dictionary_is_judged_into_the_record(saenb, called, first, sm
     assert {p: p.stat().st_mtime_ns for p in (first[0]/RECORD).rglob("*.json")} == stamps # found, not made again
 
 
-def test_another_dictionary_in_the_same_folder_is_judged_anew(called, first, sae, small):
+def test_another_dictionary_in_the_same_folder_is_judged_again(called, first, sae, small):
     from saenb.evals.controls import as_logged
     from saenb.sae.sae import load_sae
     before = json.loads(called("eval", sae, "--preset", small, "--evals", "unlearning", "--out", first[0], "--json").stdout)["unlearning"]

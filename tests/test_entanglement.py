@@ -69,13 +69,13 @@ def test_directions_at_right_angles_have_no_cosine(store, setup, readings):
     sae = SAE(SAEConfig(d_in=store.d_in, d_sae=store.d_in, hook_layer=store.layer))
     with torch.no_grad(): sae.W_enc.copy_(torch.eye(store.d_in)); sae.W_dec.copy_(torch.eye(store.d_in))
     found = measured(sae, setup, readings)
-    assert found["cosine"][0] == 0 and found["correlation"][0] > found["by_lot"][0]
+    assert found["cosine"][0] == 0 and found["correlation"][0] > found["by_chance"][0]
 
 
-def test_by_lot_nothing_goes_together(trained, setup, readings):
+def test_by_chance_nothing_goes_together(trained, setup, readings):
     found = measured(trained, setup, readings)
-    assert found["by_lot"][0] < 0.5 * found["correlation"][0]
-    for key in ("cosine", "correlation", "by_lot"): assert found[key][1] <= found[key][0] <= found[key][2]
+    assert found["by_chance"][0] < 0.5 * found["correlation"][0]
+    for key in ("cosine", "correlation", "by_chance"): assert found[key][1] <= found[key][0] <= found[key][2]
 
 
 def test_a_dictionary_that_never_speaks(trained, setup, readings):

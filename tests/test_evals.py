@@ -91,7 +91,7 @@ def test_texts_are_read_once_and_as_the_model_reads_them(model, setting):
     assert torch.equal(keep, is_text(tokens, model.tokenizer)) and not keep[:, 0].any()
 
 
-def test_what_does_not_fit_is_read_anew(model, setting):
+def test_what_does_not_fit_is_read_again(model, setting):
     small = Readings(model, setting.layer, room=0)
     one, other = (next(iter(small.corpus(setting.exam, "retain"))) for _ in range(2))
     assert one[1] is not other[1] and torch.equal(one[1], other[1])

@@ -190,7 +190,7 @@ def test_run_9_charges_what_persists_exponentially(train):
 
 
 def test_run_10_charges_dependence(train, store):
-    """Its pairs hold more information about each other than the baseline's correlated ones do by lot,
+    """Its pairs hold more information about each other than the baseline's correlated ones do by chance,
     and tau is half of it."""
     trainer = train(settings_of(10))
     pairs, m = chosen(trainer), trainer.mechanisms[0]

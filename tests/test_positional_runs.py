@@ -237,7 +237,7 @@ def test_masks_follow_their_features_in_training(train):
     assert follows(mask) > 0.3 + follows(still)
 
 
-def test_a_feature_that_begins_anew_gets_a_weak_mask_and_no_history(train, fresh, store):
+def test_a_feature_that_is_reset_gets_a_weak_mask_and_no_history(train, fresh, store):
     sae = fresh(d_sae=64)
     trainer = Trainer(
         sae, store, [make_mechanism(n, s, sae.cfg) for n, s in mechanisms_of(5, EvolvingMask=dict(every=10))],
@@ -327,7 +327,7 @@ def test_features_choose_clusters_and_the_competition_is_learned(train):
             and torch.equal(fixed.membership().sum(1), torch.full((16,), 16.0)))
 
 
-def test_a_feature_that_begins_anew_is_back_in_its_first_cluster(fresh, store):
+def test_a_feature_that_is_reset_is_back_in_its_first_cluster(fresh, store):
     sae = fresh(d_sae=64)
     trainer = Trainer(
         sae, store, [make_mechanism("FeatureRouter", dict(groups=8, competition=0.1, learned=True), sae.cfg)],

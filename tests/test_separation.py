@@ -163,7 +163,7 @@ def test_dictionaries_stand_where_they_must(headlines, results):
             and results["dead"]["eval_result_unstructured"]["alive"] == 0)
 
 
-def test_sides_by_lot_mean_nothing(results, trained, tokens):
+def test_sides_by_chance_mean_nothing(results, trained, tokens):
     found = activations(trained, tokens)
     judged = []
     for seed in range(6):
@@ -189,7 +189,7 @@ def test_the_best_of_many_by_chance_is_not_believed():
     assert best["chosen_at"] > 0.9 and best["auroc"][1] < 0.5 < best["auroc"][2] and best["auroc"][0] < 0.75
 
 
-def test_rows_drawn_anew_against_sorting_anew(trained, tokens):
+def test_rows_drawn_again_against_sorting_again(trained, tokens):
     found, times = activations(trained, tokens), redraws(tokens.forget, 6)
     assert ((times[:, tokens.forget].sum(1) == tokens.forget.sum()).all()
             and (times[:, ~tokens.forget].sum(1) == (~tokens.forget).sum()).all() and times.max() > 1)

@@ -245,7 +245,7 @@ def test_watching_the_test_texts_flatters():
     assert np.mean(best) > np.mean(mean) + 0.05 and abs(np.mean(mean) - 0.5) < 0.06
 
 
-def test_the_error_is_that_of_drawing_test_texts_anew(news):
+def test_the_error_is_that_of_drawing_other_test_texts(news):
     """Against a bootstrap over texts; a probe's own right and wrong answers are all it needs."""
     from saenb.evals.sparse_probing import Tally
     rng, tally = np.random.default_rng(0), Tally(300)

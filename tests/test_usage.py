@@ -71,7 +71,7 @@ def test_use_is_a_moving_average_of_the_share_of_tokens(trainer):
     torch.testing.assert_close(mechanism.use, expected)
 
 
-def test_what_begins_anew_points_to_what_was_missing(trainer, store):
+def test_what_is_reset_points_to_what_was_missing(trainer, store):
     """One token has all of the error: every renewed feature writes what is missing on it."""
     t = trainer(mechanism := UsageResets(192, 64))
     t.fit(progress=False)
@@ -96,7 +96,7 @@ def test_the_threshold_is_a_share_of_the_mean_or_of_tokens():
         assert mechanism.idle().tolist() == expected
 
 
-def test_nothing_begins_anew_once_the_learning_rate_falls(trainer):
+def test_nothing_is_reset_once_the_learning_rate_falls(trainer):
     begun = []
     mechanism = UsageResets(192, 64, every=10)
     mechanism.restart = lambda step: begun.append(step.index)

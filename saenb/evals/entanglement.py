@@ -31,16 +31,16 @@ class EntanglementSetup(CorpusSetup):
 # %% ../../nbs/4_evaluation/97_entanglement.ipynb #54041780
 @torch.no_grad()
 def correlations(sae: SAE, stream: torch.Tensor, positions: torch.Tensor, batch: int = 4096,
-                 by_lot: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    "Correlations of features over tokens, and densities; `by_lot` is a seed that shuffles tokens."
+                 by_chance: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    "Correlations of features over tokens, and densities; `by_chance` is a seed that shuffles tokens."
     features, device, kind = sae.cfg.d_sae, sae.device, exact(sae.device)
     product = torch.zeros(features, features, dtype=kind, device=device)
     total = torch.zeros(features, dtype=kind, device=device)
     active = torch.zeros(features, device=device)
-    draw = torch.Generator().manual_seed(by_lot or 0)
+    draw = torch.Generator().manual_seed(by_chance or 0)
     for x, at in zip(stream.split(batch), positions.split(batch)):
         f = sae.encode(x.to(device).float(), sent(at, device)).float()
-        if by_lot is not None:
+        if by_chance is not None:
             f = f.gather(0, sent(torch.rand(f.shape, generator=draw), device).argsort(0))
         product += (f.T @ f).to(kind)
         total += f.sum(0)
@@ -73,12 +73,12 @@ def evaluate(
     check_dictionary(model, sae)
     tokens = drawn(readings or Readings(model, sae.cfg.hook_layer), setup)
     found, density = correlations(sae, tokens.stream, tokens.position)
-    chance, _ = correlations(sae, tokens.stream, tokens.position, by_lot=setup.random_seed)
+    chance, _ = correlations(sae, tokens.stream, tokens.position, by_chance=setup.random_seed)
     alive = density.nonzero().squeeze(1)
     rows = torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)
     measures = dict(cosine=over_features(largest(rows @ rows.T, alive)),
                     correlation=over_features(largest(found, alive)),
-                    by_lot=over_features(largest(chance, alive)))
+                    by_chance=over_features(largest(chance, alive)))
     dense = density.argsort(descending=True, stable=True)[:min(setup.shown, len(alive))]
     ours = dict(measures, alive=len(alive), tokens=len(tokens.stream), features=dense.tolist(),
                 correlations=[[round(v, 3) for v in row] for row in found[dense][:, dense].tolist()])
@@ -91,7 +91,7 @@ def config_of(setup: EntanglementSetup) -> dict:
 
 # %% ../../nbs/4_evaluation/97_entanglement.ipynb #c255b460
 NAMES = dict(cosine="largest cosine", correlation="largest correlation",
-             by_lot="largest correlation, shuffled")
+             by_chance="largest correlation, shuffled")
 
 def headline(result: dict) -> dict[str, tuple[float, float, float]]:
     "The numbers to remember, each with its interval over features."
@@ -136,7 +136,7 @@ def square(value):
     wrong = any(v is None or abs(v) > 1.001 for row in value for v in row)
     return " holds what is no correlation" if wrong else None
 
-SCHEMA = dict(cosine=MAYBE, correlation=MAYBE, by_lot=MAYBE, correlations=square)
+SCHEMA = dict(cosine=MAYBE, correlation=MAYBE, by_chance=MAYBE, correlations=square)
 
 ENTANGLEMENT = Evaluation(
     "entanglement", "do features overlap in direction and in when they are active", EntanglementSetup,

@@ -263,7 +263,7 @@ MASKED = (
                  r"b_i = \sigma(\kappa l_i)",
         source="Run 4: Hybrid Content-Position Masking"),
     Run("positional/5", "Adaptive Evolution", "Masks follow where features would be active, "
-            "sharper for those that are used much, and idle features begin anew.",
+            "sharper for those that are used much, and idle features are reset.",
         (("EvolvingMask", dict(temperature=1.0)), RESETS), builds_on="positional/4",
         sweep=(dict(relative=False), dict(without="UsageResets")),
         equation=r"M_{pi} \leftarrow M_{pi} + \alpha \Big( \Big( \frac{h_{pi}}{\max_p h_{pi}} \Big)^{1 / T_i} - "
@@ -285,7 +285,7 @@ _THROUGH = (r"f_i = M_{pi} \operatorname{relu}(z_i), \qquad "
 # %% ../../nbs/3_ideas/53_positional.ipynb #2e303a38
 ROUTED_RUNS = (
     Run("positional/6", "Attention Routing", "No masks by position; "
-            "eight heads attend from tokens to groups of features, and idle features begin anew.",
+            "eight heads attend from tokens to groups of features, and idle features are reset.",
         (("FeatureRouter", ROUTED | dict(groups=64)), RESETS), builds_on="positional/0",
         equation=_ROUTE + _OPEN, source="Run 6: Attention-Based Feature Routing"),
     Run("positional/7", "Contrastive Routing",

@@ -111,7 +111,7 @@ def pair_stability(material: Material) -> Figure | None:
         if not between or records[0].run not in between: continue
         found = between[records[0].run]
         bottom.plot(found["agreement"], [i] * len(found["agreement"]), "o", ms=4, color=style["color"])
-        bottom.plot(np.mean(found["by_lot"]), i, "|", ms=14, color="black")
+        bottom.plot(np.mean(found["by_chance"]), i, "|", ms=14, color="black")
     named(bottom, runs)
     bottom.set(xlim=(0, None), title="agreement between seeds; dash: random choices")
     fig.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -139,13 +139,13 @@ def pairs_between_seeds(records: list[Record], store: Store) -> dict[str, dict]:
     found = {}
     for id in dict.fromkeys(r.run for r in records):
         seeds = [(sae := r.sae, chosen_pairs(sae, find_run(id), store)) for r in records if r.run == id]
-        found[id] = dict(agreement=[], cosine=[], by_lot=[])
+        found[id] = dict(agreement=[], cosine=[], by_chance=[])
         for (a, pairs), (b, others) in itertools.combinations(seeds, 2):
             names, cosine = matching(a, b)
             share = pairs.shape[1] / pair_count(a.cfg.d_sae, share=1.0)
             found[id]["agreement"].append(jaccard(names[pairs].sort(0).values, others, a.cfg.d_sae))
             found[id]["cosine"].append(cosine)
-            found[id]["by_lot"].append(share / (2 - share))
+            found[id]["by_chance"].append(share / (2 - share))
     return found
 
 # %% ../../../nbs/3_ideas/51_orthogonality_report.ipynb #e10ba93a
@@ -160,5 +160,5 @@ def _chooses_pairs(run, records):
 
 ORTHOGONALITY.analyses["pairs_between_seeds"] = Analysis(
     lambda given, runs: pairs_between_seeds([r for mine in runs.values() for r in mine], given.store()),
-    dict(agreement=[float], cosine=[float], by_lot=[float]), applies=_chooses_pairs,
+    dict(agreement=[float], cosine=[float], by_chance=[float]), applies=_chooses_pairs,
     complete=lambda found, records: len(found["agreement"]) == comb(len(records), 2))
