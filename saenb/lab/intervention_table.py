@@ -37,15 +37,16 @@ def cell(
     preset: str | Preset, # what it is judged by
     intervention: str, # what is done with its features
     out: str | Path = "runs", # where records are
+    by: str | None = None, # another evaluation than the main one, such as `random_choice`
 ) -> dict:
     "The result of one dictionary under one intervention, found or made."
-    preset = find_preset(preset)
-    folder, name = Path(out)/preset.name/"interventions"/intervention/named, main_evaluation()
+    preset, name = find_preset(preset), by or main_evaluation()
+    folder = Path(out)/preset.name/"interventions"/intervention/named
     return evaluate_sae(sae, preset.with_intervention(intervention), folder, [name], out)[name]
 
-def cells(preset: str | Preset, out: str | Path = "runs") -> dict[tuple[str, str], dict]:
+def cells(preset: str | Preset, out: str | Path = "runs", by: str | None = None) -> dict[tuple[str, str], dict]:
     "All results that are there, by dictionary and intervention."
-    root, name = Path(out)/find_preset(preset).name/"interventions", main_evaluation()
+    root, name = Path(out)/find_preset(preset).name/"interventions", by or main_evaluation()
     return {(path.parent.relative_to(folder).as_posix(), folder.name): read_json(
                 path, f"{name} result", evaluation(name).shape)
             for folder in sorted(root.glob("*")) for path in sorted(folder.rglob(f"{name}.json"))}
