@@ -117,16 +117,18 @@ def as_table(found: dict[tuple[str, str], dict]) -> list[dict]:
 
 # %% ../../nbs/4_evaluation/79_dictionaries_and_interventions.ipynb #9623d7a4
 def picture(found: dict[tuple[str, str], dict]) -> Figure:
-    "The shares as a field of colours, means over seeds."
-    grouped = by_seed(found)
-    rows, columns = (list(dict.fromkeys(key[i] for key in grouped)) for i in (0, 1))
+    "The shares as a field of colours, means over seeds; what forgets most on average is above and on the left."
+    means = {key: np.mean(values) for key, results in by_seed(found).items() if (values := forgotten(results))}
+    rows, columns = (sorted({key[i] for key in means}, key=lambda name: -np.mean(
+        [m for key, m in means.items() if key[i] == name])) for i in (0, 1))
     shares = np.full((len(rows), len(columns)), np.nan)
-    for (named, kind), results in grouped.items():
-        if values := forgotten(results):
-            shares[rows.index(named), columns.index(kind)] = np.mean(values)
+    for (named, kind), mean in means.items(): shares[rows.index(named), columns.index(kind)] = mean
     fig = Figure(figsize=(2 + 0.7 * len(columns), 1.6 + 0.35 * len(rows)), layout="constrained")
     ax = fig.subplots()
     drawn = ax.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (y, x), share in np.ndenumerate(shares):
+        if not np.isnan(share):
+            ax.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color="wk"[int(share > 0.5)])
     ax.set_xticks(range(len(columns)), [c.replace("_", " ") for c in columns], rotation=35, ha="right")
     ax.set_yticks(range(len(rows)), [r.replace("_", " ") for r in rows])
     fig.colorbar(drawn, label="held-out share forgotten")
