@@ -122,7 +122,8 @@ def picture(found: dict[tuple[str, str], dict]) -> Figure:
     rows, columns = (sorted({key[i] for key in means}, key=lambda name: -np.mean(
         [m for key, m in means.items() if key[i] == name])) for i in (0, 1))
     shares = np.full((len(rows), len(columns)), np.nan)
-    for (named, kind), mean in means.items(): shares[rows.index(named), columns.index(kind)] = mean
+    for (named, kind), mean in means.items():
+        shares[rows.index(named), columns.index(kind)] = mean
     fig = Figure(figsize=(2 + 0.7 * len(columns), 1.6 + 0.35 * len(rows)), layout="constrained")
     ax = fig.subplots()
     drawn = ax.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")

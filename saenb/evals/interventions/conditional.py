@@ -89,7 +89,8 @@ def shares_above(exam: Exam, sae, bars: torch.Tensor, side: str) -> np.ndarray:
 class ConditionalClamp(Intervention):
     "A chosen feature that is above a percentile of its retained activations is set to minus a value."
     name = "conditional_clamp"
-    levels, strengths = LEVELS, STRENGTHS
+    levels = LEVELS
+    strengths = STRENGTHS
 
     def prepare(self, exam, sae, stats):
         "Bars, and how often features are above them."

@@ -45,7 +45,8 @@ class RawDirection(ConditionalClamp):
     "No dictionary: the stream is pushed back along the difference of the corpora's means."
     name = "raw_direction"
     chooses = False
-    levels, strengths = (0, *LEVELS), (0, 1, 4, 16, 64) # no clamp serves percentile 0
+    levels = 0, *LEVELS # no clamp serves percentile 0
+    strengths = 0, 1, 4, 16, 64
 
     def prepare(self, exam, sae, stats):
         "A dictionary of one feature, and its percentiles."
