@@ -1,6 +1,6 @@
 """Every intervention against its formula, the fast way against the plain one, and what is written to folders."""
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from saenb.evals.exam import Exam, Grid, UnlearningSetup, feature_stats
 from saenb.evals.interventions import crisp, guardrail, rmu
 from saenb.evals.interventions.conditional import LEVELS, retained_bars, shares_above
 from saenb.evals.interventions.intervention import INTERVENTIONS, EditBatch, edited, lowest_block, plain_answers, plain_name
+from saenb.evals.random_choice import RandomChoiceSetup
 from saenb.evals.unlearned_models import find_setting, unlearn, unlearned, write_unlearned
 from saenb.evals.unlearning import run_settings
 from saenb.sae.sae import SAE, SAEConfig
@@ -407,12 +408,16 @@ def test_cells_are_made_once_and_compared(few, random_sae, tmp_path, monkeypatch
         asked.append(preset.name)
         return few
     monkeypatch.setattr(runner, "exam_of", exam_of)
-    preset = replace(tiny, name="few", shares="tiny", evals=tiny.evals | dict(unlearning=few.setup))
+    by_chance = RandomChoiceSetup(**{f.name: getattr(few.setup, f.name) for f in fields(few.setup)}, draws=2)
+    preset = replace(tiny, name="few", shares="tiny", evals=tiny.evals | dict(unlearning=few.setup, random_choice=by_chance))
     made = {name: table.cell(random_sae, "random", preset, name, tmp_path) for name in ("clamp", "zero_ablation")}
     again = table.cell(random_sae, "random", preset, "clamp", tmp_path)
     assert again["eval_result_unstructured"] == made["clamp"]["eval_result_unstructured"] and len(asked) == 2
     found = table.cells(preset, tmp_path)
     assert list(found) == [("random", "clamp"), ("random", "zero_ablation")]
+    drawn = table.cell(random_sae, "random", preset, "clamp", tmp_path, "random_choice")["eval_result_unstructured"]
+    assert {key: r["eval_result_unstructured"] for key, r in table.cells(preset, tmp_path, "random_choice").items()} == {("random", "clamp"): drawn}
+    assert len(drawn["score"]) == 2 and list(table.cells(preset, tmp_path)) == list(found)
     row, = table.as_table(found)
     assert row["dictionary"] == "random" and row["clamp"].startswith(f"{made['clamp']['eval_result_unstructured']['held_out']:.3f}")
     grouped = table.by_seed(found)
