@@ -116,6 +116,7 @@ def test_ablations_and_the_conditional_clamp_by_hand(few, random_sae, stats, tex
 def test_bars_are_percentiles(few, random_sae, stats):
     rows = torch.cat([random_sae.encode(x)[keep] for x, keep in few.corpus("retain")]).detach()
     bars = retained_bars(few, random_sae)
+    assert torch.equal(retained_bars(few, random_sae, (0, *LEVELS)), torch.cat([torch.zeros_like(bars[:1]), bars])) # the raw direction's
     for bar, level in zip(bars, LEVELS):
         np.testing.assert_array_equal(bar, np.percentile(rows.numpy(), level, axis=0, method="inverted_cdf"))
     above = shares_above(few, random_sae, bars, "retain")

@@ -8,7 +8,7 @@ from saenb.data.store import Store
 from saenb.sae.architectures import sparsity_loss
 from saenb.train.config import TrainConfig, reconstruction_loss, remove_parallel_gradient
 from saenb.train.mechanism import Mechanism
-from saenb.train.checkpoint import CHECKPOINT, LOG
+from saenb.train.checkpoint import CHECKPOINT, LOG, read_log
 from saenb.train.trainer import Trainer
 
 SHORT = TrainConfig(steps=60, warmup=10, checkpoint_every=20, log_every=10, batch=512)
@@ -187,6 +187,16 @@ def test_a_store_of_another_width(store):
     from saenb.sae.sae import SAE, SAEConfig
     with pytest.raises(SaenbError, match="192 wide and the dictionary reads 64"):
         Trainer(SAE(SAEConfig(d_in=64, d_sae=8)), store)
+
+
+def test_the_log_has_the_digits_of_float32(store, fresh, tmp_path):
+    """What is written is what is remembered, in seven digits."""
+    t = Trainer(fresh(), store, cfg=TrainConfig(steps=40, warmup=10, batch=128, log_every=10), out=tmp_path)
+    t.fit(progress=False)
+    assert read_log(tmp_path/LOG) == t.history and len(t.history) == 4
+    for line in t.history:
+        numbers = [v for v in line.values() if isinstance(v, float)]
+        assert numbers and all(v == float(f"{v:.7g}") for v in numbers)
 
 
 def test_dead_features_are_counted(store, fresh):
