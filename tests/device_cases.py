@@ -48,7 +48,7 @@ def short_trainings(patch):
     """Interventions' trainings of a few steps, by `patch(module, name, value)`."""
     for module in (rmu, crisp): patch(module, "STOPS", (1, 2))
     for name, value in dict(LENGTHS=(4,), ALPHAS=(10,), RATES=(0.1,)).items(): patch(rmu, name, value)
-    for name, value in dict(COUNTS=(12,), RATES=(0.1,), RATIO=1).items(): patch(crisp, name, value)
+    for name, value in dict(COUNTS=(12,), RATE=0.1, RATIO=1).items(): patch(crisp, name, value)
     patch(contextual_reference, "STRENGTHS", (64,))
 
 

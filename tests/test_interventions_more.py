@@ -57,7 +57,7 @@ def short(monkeypatch):
     """Trainings of a few steps."""
     for module in (rmu, crisp): monkeypatch.setattr(module, "STOPS", (2, 4))
     for name, value in dict(LENGTHS=(4,), ALPHAS=(10,), RATES=(3e-3,)).items(): monkeypatch.setattr(rmu, name, value)
-    for name, value in dict(COUNTS=(12,), RATES=(1e-4,), RATIO=1.2).items(): monkeypatch.setattr(crisp, name, value)
+    for name, value in dict(COUNTS=(12,), RATE=1e-4, RATIO=1.2).items(): monkeypatch.setattr(crisp, name, value)
 
 
 def prepared(name, few, sae, stats):
@@ -253,7 +253,7 @@ def test_a_step_of_crisp_against_the_plain_way(few, random_sae):
                                 crisp.moved(at(b, weights, layer), b0, there), crisp.moved(at(c, weights, last), at(c, {}, last), where))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crisp, "tuned", tuned)
-        INTERVENTIONS.named("crisp")().train(few, random_sae, features, 1e-3)
+        INTERVENTIONS.named("crisp")().train(few, random_sae, features)
     for fast, plain in zip(*seen): torch.testing.assert_close(fast, plain, atol=1e-5 * plain.abs().max().item() + 1e-9, rtol=1e-3)
 
 
