@@ -266,7 +266,7 @@ def plan_record(run, preset, seed, out, steps=None, change=None) -> Plan:
     make_architecture(SAEConfig(1, d_sae, architecture=kind))
     definition = replace(definition.but(**{k: change.pop(k) for k in own & change.keys()}), architecture=kind)
     length = dict(steps=steps, tokens=None) if steps is not None else {}
-    training = replace(preset.training, seed=seed, **definition.training | change | length)
+    training = replace(preset.training, **dict(seed=seed) | definition.training | change | length)
     check_gates([MECHANISMS.named(name) for name, _ in definition.mechanisms], training)
     config = dict(run=definition.as_dict(), preset=preset.name, seed=seed, variant=variant,
                   layer=preset.layer, d_sae=d_sae, training=training.as_dict(), model=_model_name(preset))
