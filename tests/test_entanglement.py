@@ -8,7 +8,7 @@ import torch
 from saenb.base.errors import SaenbError
 from saenb.evals.evaluation import Readings
 from saenb.evals.controls import as_logged, untrained
-from saenb.evals.entanglement import correlations, evaluate, headline, largest, plot, table
+from saenb.evals.entanglement import before_diagonal, correlations, evaluate, headline, largest, plot, table, triangle, whole
 from saenb.evals.separation import drawn
 from saenb.lab.preset_files import find_preset
 from saenb.sae.sae import SAE, SAEConfig
@@ -48,7 +48,7 @@ def test_numpy_finds_the_same(trained, setup, readings):
     assert found["cosine"][0] == pytest.approx(cosines.max(1).mean(), abs=1e-4)
     shown = found["features"]
     kept = np.corrcoef(f[:, shown].T)
-    np.testing.assert_allclose(np.array(found["correlations"]), kept, atol=2e-3)
+    np.testing.assert_allclose(whole(found["correlations"]), kept, atol=2e-3)
     assert shown == sorted(shown, key=lambda i: -(f[:, i] > 0).mean())
 
 
@@ -97,3 +97,17 @@ def test_headline_table_and_picture(trained, setup, readings, store):
 def test_bad_input(model, trained, setup, readings):
     with pytest.raises(SaenbError, match="width 64 and the model's is 192"): evaluate(model, SAE(SAEConfig(d_in=64, d_sae=8)), setup, readings)
     with pytest.raises(SaenbError, match="0 tokens_a_row"): evaluate(model, trained, replace(setup, tokens_a_row=0), readings)
+
+
+@pytest.mark.parametrize("rows, says", [
+    ([[], [0.2], [0.1, -1.0]], None), ([], None),
+    ([[1.0, 0.2], [0.2, 1.0]], "do not end before the diagonal"), ([[], [1.2]], "no correlation"), ([[], ["a"]], "a")])
+def test_rows_as_far_as_the_diagonal(rows, says):
+    odd = triangle(rows)
+    assert odd is None if says is None else says in odd
+
+
+def test_a_matrix_comes_back_from_its_rows():
+    m = torch.corrcoef(torch.randn(7, 20, generator=torch.Generator().manual_seed(0)))
+    np.testing.assert_allclose(whole(before_diagonal(m)), m, atol=6e-4)
+    assert before_diagonal(torch.zeros(0, 0)) == [] and whole([]).shape == (0, 0)

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ...evals.entanglement import before_diagonal, whole
 from ...evals.evaluation import evaluation
 from ...ideas.clusters import in_order
 from ...ideas.contrastive import CONTRASTIVE
@@ -55,10 +56,10 @@ def feature_groups(material: Material) -> Figure | None:
     for r in material.records:
         if r.seed != first or "entanglement" not in r.evaluations: continue
         result = r.result("entanglement")
-        matrix = torch.tensor(result["eval_result_unstructured"]["correlations"] or [[0.0]])
+        matrix = torch.from_numpy(whole(result["eval_result_unstructured"]["correlations"])).float()
         order = in_order(matrix)
         found[r.label] = dict(
-            eval_result_unstructured=dict(correlations=matrix[order][:, order].tolist()))
+            eval_result_unstructured=dict(correlations=before_diagonal(matrix[order][:, order])))
     return readable(evaluation("entanglement").plot)(found) if found else None
 
 # %% ../../../nbs/3_ideas/58_contrastive_report.ipynb #586adde3
