@@ -46,9 +46,9 @@ def main():
     preset, name = find_preset(given.preset), main_evaluation()
     trained_by, found = training_alone(preset), json.loads(given.results.read_text()) if given.results.exists() else {}
 
-    def judge(key, trained_by, seed, **change):
+    def judge(key, trained_by, weights, **change):
         if key in found: return
-        sae = run(given.run, trained_by, seed, given.out, change=change, progress=False).sae
+        sae = run(given.run, trained_by, weights, given.out, change=change, progress=False).sae
         result = evaluate_sae(sae, preset, None, [name], given.out)[name]["eval_result_unstructured"]
         found[key] = {field: result[field] for field in ("held_out", "held_out_selectivity")}
         print(key, found[key], flush=True)
