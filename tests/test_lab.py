@@ -143,8 +143,8 @@ def test_a_change_makes_a_variant_beside_the_run(made, baseline, out):
     assert baseline.sae.cfg.d_sae == 768
 
 
-def test_the_order_of_the_data_can_be_changed_alone(made, baseline):
-    other, elsewhere = made("orthogonality/0", change=dict(seed=1)), made("orthogonality/0", seed=1)
+def test_the_order_of_the_data_can_be_changed_alone(made, baseline, work):
+    other, elsewhere = (made("orthogonality/0", out=work(), **o) for o in (dict(change=dict(seed=1)), dict(seed=1)))
     assert other.variant == "seed=1" and other.config["seed"] == 0 and other.config["training"]["seed"] == 1
     assert other.sae.cfg.initial == baseline.sae.cfg.initial != elsewhere.sae.cfg.initial
     assert weights(other) != weights(baseline)
