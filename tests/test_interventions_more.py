@@ -226,8 +226,8 @@ def test_losses_and_their_gradients_against_the_formula(random_sae):
     for a, b in zip(grad(lambda x: crisp.feature_loss(random_sae, features, x, h0, keep, 20.0)), grad(plainly)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     whole = lambda x: crisp.crisp_loss(x.sum(), crisp.moved(x, h0, keep), crisp.moved(x + 1, h0, keep))
-    at = keep[..., None]
-    sums = lambda x: 0.01 * x.sum() + 0.99 * (at * (x - h0)**2).mean() + 0.0099 * (at * (x + 1 - h0)**2).mean()
+    total = h0[keep].var(0, correction=0).mean()
+    sums = lambda x: 0.01 * x.sum() + (0.99 * ((x - h0)[keep]**2).mean() + 0.0099 * ((x + 1 - h0)[keep]**2).mean()) / total
     for a, b in zip(grad(whole), grad(sums)): torch.testing.assert_close(a, b)
 
 
@@ -249,12 +249,28 @@ def test_a_step_of_crisp_against_the_plain_way(few, random_sae):
         begins = (0, step * crisp.ROWS), (1, step * crisp.ROWS), (1, count + step * crisp.ROWS)
         (a, a0, text), (b, b0, there), (c, _, where) = (rmu.stacked(kinds[k][i:i + crisp.ROWS]) for k, i in begins)
         at = lambda tokens, weights, where: rmu.streams_under(few.model, weights, tokens, (where,))[where]
-        return crisp.crisp_loss(crisp.feature_loss(random_sae, features, at(a, weights, layer), a0, text, crisp.MARGIN),
-                                crisp.moved(at(b, weights, layer), b0, there), crisp.moved(at(c, weights, last), at(c, {}, last), where))
+        active = crisp.feature_loss(random_sae, features, at(a, weights, layer), a0, text, crisp.MARGIN)
+        return crisp.crisp_loss(active / a0[text].var(0, correction=0).mean()**0.5, crisp.moved(at(b, weights, layer), b0, there),
+                                crisp.moved(at(c, weights, last), at(c, {}, last), where))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crisp, "tuned", tuned)
         INTERVENTIONS.named("crisp")().train(few, random_sae, features)
     for fast, plain in zip(*seen): torch.testing.assert_close(fast, plain, atol=1e-5 * plain.abs().max().item() + 1e-9, rtol=1e-3)
+
+
+@pytest.mark.parametrize("unit", (0.01, 3.0, 250.0))
+def test_crisps_loss_does_not_depend_on_the_streams_unit(unit):
+    """A longer stream with a dictionary to match is trained alike, so the terms' weights mean the same on every model."""
+    draw = torch.Generator().manual_seed(0)
+    before, after = torch.randn(2, 3, 40, 16, generator=draw)
+    keep, features = torch.rand(3, 40, generator=draw) < 0.7, list(range(12))
+    def terms(c):
+        sae = SAE(SAEConfig(d_in=16, d_sae=64, hook_name="blocks.0.hook_out", hook_layer=0)).initialise(before.flatten(0, 1), 0).eval()
+        for bias in (sae.b_dec, sae.b_enc): bias.data *= c
+        active = crisp.feature_loss(sae, features, c * after, c * before, keep, 10.0)
+        return torch.stack([active / crisp.variance(c * before, keep).sqrt(), crisp.moved(c * after, c * before, keep)])
+    torch.testing.assert_close(terms(unit), terms(1.0), rtol=1e-4, atol=0)
+    assert (terms(1.0) > 0).all()
 
 
 def test_what_lies_below_an_edit_is_read_once(few, monkeypatch):

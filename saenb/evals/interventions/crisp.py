@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RATIO', 'CANDIDATES', 'BETA', 'GAMMA', 'RANK', 'SCALE', 'COUNTS', 'MARGIN', 'RATE', 'by_difference',
-           'activation_ratio', 'salient', 'before_threshold', 'feature_loss', 'moved', 'crisp_loss', 'tuned_matrices',
-           'factors', 'with_factors', 'linear_maps', 'added', 'CRISP', 'at_last', 'all_texts']
+           'activation_ratio', 'salient', 'before_threshold', 'feature_loss', 'mean_square', 'variance', 'moved',
+           'crisp_loss', 'tuned_matrices', 'factors', 'with_factors', 'linear_maps', 'added', 'CRISP', 'at_last',
+           'all_texts']
 
 # %% ../../../nbs/4_evaluation/76_crisp.ipynb #46c51423
 from contextlib import contextmanager
@@ -58,9 +59,17 @@ def feature_loss(sae, features, edited, original, keep, margin: float) -> torch.
     counted = (raised > 0) & keep[..., None]
     return (raised * counted).sum() / counted.sum().clamp_min(1)
 
+def mean_square(x, keep) -> torch.Tensor:
+    "The mean square of a channel, on text alone."
+    return (x * keep[..., None]).square().sum() / (keep.sum() * x.shape[-1])
+
+def variance(stream, keep) -> torch.Tensor:
+    "The mean variance of a stream's channels, on text alone."
+    return mean_square(stream - (stream * keep[..., None]).sum((0, 1)) / keep.sum(), keep)
+
 def moved(stream, before, keep) -> torch.Tensor:
-    "The mean squared difference, of text alone."
-    return F.mse_loss(stream * keep[..., None], before * keep[..., None])
+    "The squared difference as a share of the stream's variance, on text alone."
+    return mean_square(stream - before, keep) / variance(before, keep)
 
 def crisp_loss(on_forget, on_retain, on_plain) -> torch.Tensor:
     "The three terms together."
@@ -166,7 +175,8 @@ def train(self: CRISP, exam, sae, features):
             now = streams_under(exam.model, with_factors(others, parameters), tokens,
                                 (exam.layer,))[exam.layer]
         (on_forget, on_retain, on_plain), was, text = (t.split(ROWS) for t in (now, stream, keep))
-        return crisp_loss(feature_loss(sae, features, on_forget, was[0], text[0], MARGIN),
+        on_features = feature_loss(sae, features, on_forget, was[0], text[0], MARGIN)
+        return crisp_loss(on_features / variance(was[0], text[0]).sqrt(),
                           moved(on_retain, was[1], text[1]),
                           moved(at_last(exam, tokens[2 * ROWS:], on_plain), last, text[2]))
     return tuned(exam.model, factors(matrices, exam.setup.random_seed),
