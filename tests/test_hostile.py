@@ -2,6 +2,7 @@
 does not matter and the result is right."""
 import collections
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -319,8 +320,9 @@ def kept_records(tmp_path_factory):
     analyses."""
     root = tmp_path_factory.mktemp("records")/"tiny-full"
     for run in ("run_0", "run_1"):
-        shutil.copytree(ROOT/"runs"/"tiny-full"/"orthogonality"/run/"seed_0",
-                        root/"orthogonality"/run/"seed_0")
+        folder = root/"orthogonality"/run/"seed_0"
+        shutil.copytree(ROOT/"runs"/"tiny-full"/"orthogonality"/run/"seed_0", folder)
+        (folder/LOG).write_bytes(gzip.decompress((folder/f"{LOG}.gz").read_bytes()))
     for kept in (ROOT/"runs"/"tiny-full"/"orthogonality").glob("*.json"):
         shutil.copy(kept, root/"orthogonality")
     (root/"controls").mkdir()

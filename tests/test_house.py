@@ -444,6 +444,17 @@ def test_a_run_does_not_wait_for_libraries_of_figures_and_probes():
     assert "torch" in loaded and not {"matplotlib", "sklearn", "scipy", "transformers"} & set(loaded)
 
 
+def test_committed_records_hold_their_logs_and_weigh_little():
+    """Every committed record has its training's log, compressed; all together are at most 60 MB."""
+    asked = subprocess.run(["git", "ls-files", "-z", "runs"], cwd=ROOT, capture_output=True, text=True)
+    if asked.returncode: pytest.skip("this is no repository")
+    paths = [ROOT/name for name in asked.stdout.split("\0") if name]
+    records = {p.parent for p in paths if p.name == "final_info.json"}
+    logs = {p.parent for p in paths if p.name == "train_log.jsonl.gz"}
+    assert records and not records - logs and not [p for p in paths if p.name == "train_log.jsonl"]
+    assert sum(p.stat().st_size for p in paths) <= 60e6
+
+
 def test_what_tests_and_the_package_read_is_in_the_repository():
     asked = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "tests", "saenb"]
     found = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)

@@ -1,3 +1,4 @@
+import gzip
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from saenb.lab.runner import run
 from saenb.report.figures import draw_figures
 from saenb.lab.records import Record, find_records, over_seeds
 from saenb.ideas.run import all_runs
+from saenb.train.checkpoint import LONGEST
 
 STEPS = 60
 
@@ -365,3 +367,18 @@ def test_a_log_that_was_sound_is_looked_at_again_once_it_changes(tmp_path):
     assert record.log == record.log == [dict(step=1, loss=0.5)]
     (tmp_path/"train_log.jsonl").write_text('{"step": 1, "loss": "a"}\n') # of the same length
     with pytest.raises(SaenbError, match="line 1: loss is 'a'"): record.log
+
+
+def test_a_log_may_be_compressed(tmp_path):
+    """Read as it was; cut short, or endless when unpacked, one sentence says so."""
+    lines = [dict(step=i, loss=0.5) for i in range(1, 40)]
+    whole = gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
+    packed, record = tmp_path/"train_log.jsonl.gz", Record(tmp_path)
+    assert record.log == []
+    packed.write_bytes(whole)
+    assert record.log == lines
+    for spoiled in (whole[:-20], b"no gzip", whole[:40] + b"00" + whole[42:], gzip.compress(bytes(LONGEST + 1))):
+        packed.write_bytes(spoiled)
+        with pytest.raises(SaenbError, match="train_log.jsonl.gz is not a readable training log"): record.log
+    (tmp_path/"train_log.jsonl").write_text('{"step": 1, "loss": 0.25}\n') # a training's own comes first
+    assert record.log == [dict(step=1, loss=0.25)]

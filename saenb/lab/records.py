@@ -23,7 +23,7 @@ from ..evals.evaluation import evaluation, evaluations
 from ..ideas.run import reads_labels
 from ..sae.formats.reading import formats
 from ..sae.sae import CONFIG, SAE, load_sae
-from ..train.checkpoint import LOG, read_log
+from ..train.checkpoint import find_log, read_log
 
 # %% ../../nbs/5_laboratory/105_records.ipynb #8fb11f64
 SETTINGS = dict(batch=COUNT, balanced=bool, lr=float, sparsity_penalty=float)
@@ -73,7 +73,8 @@ class RecordFiles:
     @property
     def log(self) -> list[dict]:
         "The training log, a line for each time that it was written."
-        return read_log(self.path/LOG) if (self.path/LOG).exists() else []
+        path = find_log(self.path)
+        return read_log(path) if path else []
     @property
     def run(self) -> str:
         "The run's id."

@@ -39,7 +39,7 @@ from .training import need_training_memory
 from ..sae.architectures import ARCHITECTURES, make_architecture
 from ..sae.gates import MECHANISMS, make_mechanism
 from ..sae.sae import CONFIG, SAE, WEIGHTS, SAEConfig, with_unit_rows
-from ..train.checkpoint import CHECKPOINT, LOG
+from ..train.checkpoint import CHECKPOINT, find_log
 from ..train.config import TrainConfig
 from ..train.trackers import as_numbers, need_tracker, tracked
 from ..train.normalisation import check_gates, fold_back, store_for
@@ -341,9 +341,9 @@ def _taken_over(plan, out) -> bool:
     for other in find_records(Path(out)/plan.preset.name, variant=None):
         if replace(plan, config=other.config).recipe == plan.recipe and has_dictionary(other):
             results = (other.path/"evals"/f"{name}.json" for name in plan.preset.recorded)
-            for path in (other.path/LOG, other.path/"timing.json", *results):
+            for path in (find_log(other.path), other.path/"timing.json", *results):
+                if not path or not path.exists(): continue
                 mine = record.path/path.relative_to(other.path)
-                if not path.exists(): continue
                 with atomic_write(mine) as draft: shutil.copyfile(path, draft)
             other.sae.save(record.path/"sae")
             return True
