@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/worlds.py --world 2
 
 builds the world of another seed, trains and judges every run in it by the full budget, judges the controls, and writes results/worlds.json: of each run and seed the held-out score and
-the selectivity. Page 4_evaluation/86_instrument lays them beside the records of the world that ships. Stopped, it goes on where it was; one world takes about 40 minutes of a processor, and a
-seed of all runs about as long."""
+the selectivity, to be laid beside the records of the world that ships. Stopped, it goes on where it was; one world takes about 40 minutes of a processor, and a seed of all runs about as
+long."""
 import argparse
 import json
 from dataclasses import replace
