@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COUNTS, COEFFICIENTS = (5, 10, 20, 40, 80, 160), (16.0, 8.0, 4.0, 2.0, 1.0, 0.5)
+COUNTS, COEFFICIENTS = (5, 10, 20, 40, 80, 160), (1024.0, 256.0, 64.0, 32.0, 16.0, 8.0)
 POINTS = [("TopK", dict(k=k)) for k in COUNTS] + [("BatchTopK", dict(k=k)) for k in COUNTS] + [("JumpReLU", dict(l0_coefficient=c)) for c in COEFFICIENTS]
 EVALS = ("unlearning", "core")
 

@@ -464,6 +464,8 @@ def test_another_packages_points_keep_their_better_rate_and_are_compared_at_thei
     (tmp_path/"points.json").write_text(json.dumps(dict(points=points)))
     others = best_rates(beside(tmp_path/"points.json"))
     assert [(r["architecture"], r["L0"], r[key], r["lr"]) for r in others] == [("SAELens topk", 10, 0.3, 1e-3), ("SAELens topk", 40, 0.2, 3e-4)]
+    found = [dict(architecture="jumprelu", setting=str(l0), seed=0, L0=l0) | {key: left} for l0, left in ((5, 0.3), (20, 0.5), (30, 0.2))]
+    assert [r["L0"] for r in best_rates(found)] == [5, 30] # a sparser one leaves less than that of 20
     rows = [dict(architecture="topk", setting=str(k), L0=k) | {key: left} for k, left in ((5, 0.5), (20, 0.1))]
     [found] = at_same_count(rows, others, key) # 40 lies beyond our curve
     assert found["SAELens"] == 0.3 and found["saenb"] == pytest.approx(0.3) # 10 is halfway between 5 and 20 on this axis

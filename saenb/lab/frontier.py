@@ -71,12 +71,15 @@ def frontier_records(runs, rates: bool = False) -> list[Record]:
             if r.run == FRONTIER.id and (rates or not RATE.search(r.variant))]
 
 def best_rates(rows: list[dict], measure: str = "unexplained variance") -> list[dict]:
-    "Of rows that differ in the learning rate alone the best by a measure, the lower the better."
+    "Of rows that differ in the learning rate alone the lowest by a measure, if no sparser one is lower."
     best = {}
     for r in rows:
         key = r["architecture"], r["setting"], r["seed"]
         if key not in best or r[measure] < best[key][measure]: best[key] = r
-    return list(best.values())
+    def beaten(r):
+        return any(o["L0"] < r["L0"] and o[measure] < r[measure] for o in best.values()
+                   if (o["architecture"], o["seed"]) == (r["architecture"], r["seed"]))
+    return [r for r in best.values() if not beaten(r)]
 
 # %% ../../nbs/2_dictionary/36_frontier.ipynb #f4fd49c2
 def quick_points(
