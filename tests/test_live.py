@@ -6,6 +6,7 @@ import torch
 from pretended import DEVICE, Pretended
 
 from saenb.base.errors import SaenbError
+from saenb.data import harvest as harvest_module
 from saenb.data.harvest import harvest
 from saenb.data.live import InOrder, LiveStore
 from saenb.data.store import COLUMNS
@@ -52,6 +53,20 @@ def test_what_a_store_can_say(ordered, live, model):
     with pytest.raises(SaenbError, match="layers 0 to 3"): LiveStore(model, [], 9)
     few = LiveStore(model, ["The host of the river is sifi."] * 40, 1, max_tokens=100, **SHAPE)
     assert len(few.rows().sequence.unique()) == 4
+
+
+def test_the_model_reads_no_more_than_is_asked_for(model, texts, monkeypatch):
+    """Dictionaries of one pass begin from the same rows, which are read once, and dropped when training begins."""
+    live, read = LiveStore(model, texts, 1, window=WINDOW, **SHAPE), []
+    original = harvest_module.read_streams
+    monkeypatch.setattr("saenb.data.live.read_streams",
+                        lambda model, tokens, *rest: (read.append(len(tokens)), original(model, tokens, *rest))[1])
+    wanted = live.rows(0, 400)
+    assert len(wanted.x) == 400 and sum(read) == 20 # rows of at most 31 tokens, ten at a time
+    assert live.rows(0, 400) is wanted and sum(read) == 20
+    next(live.batches(128))
+    same(live.rows(0, 400), wanted)
+    assert sum(read) == 20 + WINDOW + 20
 
 
 def start(store, device="cpu", out=None):

@@ -93,17 +93,18 @@ class LiveStore(InWindows):
         # a checkpoint is of these "shards"
         self.about = dict(facts, format=FORMAT, shards=[facts | dict(window=self.window)])
         if preset: self.about["preset"] = preset
-        self.count = None
+        self.count = self.kept_rows = None
 
     def __repr__(self):
         return f"LiveStore({self.path}, {self.d_in} wide at {self.hook_name})"
 
 # %% ../../nbs/1_data/20_live.ipynb #17a00012
 @patch
-def windows(self: LiveStore) -> Iterator[tuple[torch.Tensor, Callable]]:
+def windows(self: LiveStore, length: int | None = None) -> Iterator[tuple[torch.Tensor, Callable]]:
     "Each window's sides, and how to let the model read it; the next is tokenised meanwhile."
+    if length is None: self.kept_rows = None # training begins
     rows = islice(token_rows(self.texts, self.model.tokenizer, self.seq_len), self.limit)
-    for tokens, keep, places in ahead(row_groups(rows, self.window, 0, self.model.tokenizer)):
+    for tokens, keep, places in ahead(row_groups(rows, length or self.window, 0, self.model.tokenizer)):
         yield places["side"], partial(self._read_window, tokens, keep, places)
 
 @patch
@@ -118,16 +119,18 @@ def _read_window(self: LiveStore, tokens, keep, places) -> Batch:
 # %% ../../nbs/1_data/20_live.ipynb #17a00013
 @patch
 def rows(self: LiveStore, start: int = 0, stop: int | None = None) -> Batch:
-    "Tokens `start` to `stop` in the order of harvest, in the processor's memory."
+    "Tokens `start` to `stop` in the order of harvest, in the processor's memory; read once for several."
+    if self.kept_rows and self.kept_rows[0] == (start, stop): return self.kept_rows[1]
     parts, have = [], 0
-    for side, read in self.windows():
+    for side, read in self.windows(self.batch):
         parts.append(read().to("cpu"))
         have += len(side)
         if stop is not None and have >= stop: break
     if not parts:
         raise SaenbError(f"The texts do not fill one row of {self.seq_len} tokens, so there is nothing to "
                          "train on; give more text or shorter rows.")
-    return joined(parts).take(slice(start, stop))
+    self.kept_rows = (start, stop), joined(parts).take(slice(start, stop))
+    return self.kept_rows[1]
 
 @patch
 def __len__(self: LiveStore): # tokens of all texts, which are read for it once
