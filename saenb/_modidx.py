@@ -2467,6 +2467,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                           'saenb/lab/survival.py'),
                                     'saenb.lab.survival.make_survival': ( '3_ideas/architectures_results.html#make_survival',
                                                                           'saenb/lab/survival.py'),
+                                    'saenb.lab.survival.paired': ('3_ideas/architectures_results.html#paired', 'saenb/lab/survival.py'),
                                     'saenb.lab.survival.survival': ( '3_ideas/architectures_results.html#survival',
                                                                      'saenb/lab/survival.py')},
             'saenb.lab.training': { 'saenb.lab.training.check_division': ( '5_laboratory/training.html#check_division',

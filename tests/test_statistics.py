@@ -312,18 +312,25 @@ def test_compare_takes_intervals_over_seeds_and_facts(made):
 def test_ideas_on_another_architecture_are_compared_with_its_own_baseline(made, tmp_path):
     from saenb.lab import survival
     assert survival.best_runs(made[0], 1) == {"orthogonality": ["orthogonality/1"]} # a baseline is no idea
-    for number, records in made[1].items():
-        for r in records[:3 - (number == 2)]: # run 2 lacks a seed
-            folder = tmp_path/"orthogonality"/f"run_{number}@architecture=topk,k=5"/f"seed_{r.seed}"
-            for name in ("config.json", "final_info.json", "evals/unlearning.json"):
-                kept = json.loads((r.path/name).read_text())
-                write_json(folder/name, kept | dict(variant="architecture=topk,k=5") if name == "config.json" else kept)
+    def copy(variant):
+        for number, records in made[1].items():
+            for r in records[:3 - (number == 2)]: # run 2 lacks a seed
+                folder = tmp_path/"orthogonality"/f"run_{number}@{variant}"/f"seed_{r.seed}"
+                for name in ("config.json", "final_info.json", "evals/unlearning.json"):
+                    kept = json.loads((r.path/name).read_text())
+                    write_json(folder/name, kept | dict(variant=variant) if name == "config.json" else kept)
+    copy("architecture=topk,k=5")
     rows = survival.survival(tmp_path)
     assert [(r["architecture"], r["run"], r["seeds"]) for r in rows] == [("topk", "orthogonality/1", 3), ("topk", "orthogonality/2", 2)]
     assert rows[0]["difference"] == difference_interval(made[1][1][:3], made[1][0][:3]) and rows[0]["baseline"] < rows[0]["score"]
     assert [r["holm"] for r in rows] == holm([r["difference"].p for r in rows]).tolist()
     drawn = survival.draw_survival(rows)
     assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == ["Adaptive tau", "Basic orthogonality"]
+    copy("architecture=jumprelu")
+    assert len(survival.survival(tmp_path)) == 4
+    both = survival.survival(tmp_path, together=True)
+    assert [(r["architecture"], r["run"], r["seeds"]) for r in both] == [("all", "orthogonality/1", 6), ("all", "orthogonality/2", 4)]
+    assert both[0]["difference"] == difference_interval(2 * made[1][1][:3], 2 * made[1][0][:3])
     assert survival.survival(tmp_path/"empty") == []
 
 
