@@ -120,7 +120,8 @@ def _read_window(self: LiveStore, tokens, keep, places) -> Batch:
 @patch
 def rows(self: LiveStore, start: int = 0, stop: int | None = None) -> Batch:
     "Tokens `start` to `stop` in the order of harvest, in the processor's memory; read once for several."
-    if self.kept_rows and self.kept_rows[0] == (start, stop): return self.kept_rows[1]
+    if self.kept_rows and self.kept_rows[0] == (start, stop):
+        return self.kept_rows[1]
     parts, have = [], 0
     for side, read in self.windows(self.batch):
         parts.append(read().to("cpu"))
