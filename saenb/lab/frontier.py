@@ -133,6 +133,8 @@ def draw_frontier(
         for kind, line in curves(rows, measure).items():
             x, mean, low, high = np.array(line).T
             low, high = (np.where(np.isfinite(v), v, mean) for v in (low, high))
+            if 0 <= mean.min() and mean.max() <= 1: # of a share
+                low, high = low.clip(min=0), high.clip(max=1)
             ours = kind.rpartition(" ")[2] # a name may have another package's before it
             ax.errorbar(x, mean, [mean - low, high - mean], ms=4, capsize=2, label=kind,
                         fmt="o-" if ours == kind else "s:", color=f"C{list(GRID).index(ours)}")
