@@ -14,7 +14,7 @@ from saenb.evals.interventions import crisp, guardrail, rmu
 from saenb.evals.interventions.conditional import LEVELS, retained_bars, shares_above
 from saenb.evals.interventions.intervention import INTERVENTIONS, EditBatch, edited, lowest_block, plain_answers, plain_name
 from saenb.evals.random_choice import RandomChoiceSetup
-from saenb.evals.unlearned_models import find_setting, unlearn, unlearned, write_unlearned
+from saenb.evals.unlearned_models import find_setting, text_cost, unlearn, unlearned, write_unlearned
 from saenb.evals.unlearning import run_settings
 from saenb.sae.sae import SAE, SAEConfig
 
@@ -392,8 +392,48 @@ def test_unlearn_chooses_on_one_half_and_reports_the_other(few, random_sae, tmp_
         assert said[name]["forget_left"] == pytest.approx(right[mine & forgets].mean())
         assert said[name]["retain_left"] == pytest.approx(right[mine & ~forgets].mean())
     assert said["chosen_on"]["retain_left"] >= few.setup.retain_floor
+    assert said["text"] == json.loads((tmp_path/"out"/"unlearned.json").read_text())["text"]
+    assert said["text"] == text_cost(few, hugging_face(few), unlearned(tmp_path/"out"))
+    assert said["text"]["forget"]["divergence"] > 0
     with pytest.raises(SaenbError, match="No setting of zero_ablation"):
         find_setting(few, SAE(random_sae.cfg), INTERVENTIONS.named("zero_ablation")())
+
+
+def hugging_face(few):
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(few.model.cfg.model_name).eval()
+
+
+def test_what_a_change_costs_in_text_against_transformers_own_loss(few):
+    """A changed model, and one that is not: the losses of transformers and the divergence of distributions, row by row."""
+    before, after, same = (hugging_face(few) for _ in range(3))
+    with torch.no_grad(): after.get_output_embeddings().weight.mul_(1.3)
+    cost, none = text_cost(few, before, after, rows=5, length=12), text_cost(few, before, same, rows=5, length=12)
+    for side in ("forget", "retain"):
+        parts = [(tokens, keep) for tokens, _, keep in few.readings.corpus(few.setup, side)]
+        losses, apart = [[], []], []
+        with torch.no_grad():
+            for tokens, keep in zip(*(torch.cat(c)[:5] for c in zip(*parts))):
+                labels = tokens.masked_fill(~keep, -100)
+                for model, mine in zip((before, after), losses):
+                    mine += [model(tokens[None], labels=labels[None]).loss.item()] * int(keep[1:].sum())
+                said = [torch.distributions.Categorical(logits=m(tokens[None]).logits[0, :-1][keep[1:]].float()) for m in (before, after)]
+                apart += torch.distributions.kl_divergence(*said).tolist()
+        assert cost[side]["perplexity"] == pytest.approx([np.exp(np.mean(mine)) for mine in losses], rel=1e-4)
+        assert cost[side]["divergence"] == pytest.approx(np.mean(apart), rel=1e-3) and cost[side]["divergence"] > 0.01
+        assert none[side]["divergence"] == pytest.approx(0, abs=1e-6)
+        assert none[side]["perplexity"][0] == none[side]["perplexity"][1] == cost[side]["perplexity"][0]
+    assert none["repeated"][0] == none["repeated"][1]
+
+
+@pytest.mark.parametrize("written, share", [([7] * 12, 8 / 9), (list(range(20, 32)), 0), ([20, 21, 22], 0), ([20, 21, 22, 23, 24] * 2, 2 / 7)])
+def test_how_much_of_what_is_written_repeats(few, monkeypatch, written, share):
+    """Up to the end of the text."""
+    model = hugging_face(few)
+    end = model.generation_config.eos_token_id
+    told = lambda begun, **how: torch.cat([begun, torch.tensor([[*written, end, 7, 7, 7, 7, 7, 7]]).expand(len(begun), -1)], 1)
+    monkeypatch.setattr(model, "generate", told)
+    assert text_cost(few, model, model, rows=2)["repeated"] == pytest.approx([share, share])
 
 
 def test_folders_that_hold_no_model(tmp_path):

@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['NO_DICTIONARY', 'main_evaluation', 'cell', 'cells', 'fill_table', 'training_alone', 'by_seed', 'halved', 'forgotten',
-           'as_table', 'picture', 'pooled', 'difference', 'unlearn_with']
+           'as_table', 'picture', 'pooled', 'difference', 'unlearn_with', 'text_of', 'texts']
 
 # %% ../../nbs/4_evaluation/79_dictionaries_and_interventions.ipynb #01edc398
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from ..base.errors import SaenbError
-from ..base.files import read_json
+from ..base.files import read_json, write_json
 from ..evals.evaluation import evaluation, evaluations
 from ..evals.halves import Answers, answers_of
 from ..evals.interventions.intervention import INTERVENTIONS
-from ..evals.unlearned_models import unlearn
+from ..evals.unlearned_models import (
+    TEXT, find_setting, hugging_face, text_cost, unlearn, unlearned, write_unlearned)
 from .preset_files import find_preset
 from .presets import Preset
 from .runner import evaluate_sae, exam_of, run
@@ -173,3 +175,30 @@ def unlearn_with(
     "Write the model that comes of a dictionary and an intervention; gives the setting and what it leaves."
     preset = find_preset(preset)
     return unlearn(exam_of(preset, out), with_unit_rows(sae), intervention, folder, preset.answer_model)
+
+# %% ../../nbs/4_evaluation/79_dictionaries_and_interventions.ipynb #tx0001ab
+def text_of(
+    sae: SAE, # the dictionary
+    named: str, # what the table calls it
+    preset: str | Preset, # what it is judged by
+    intervention: str, # what is done with its features
+    out: str | Path = "runs", # where records are
+) -> dict:
+    "What a cell's model costs in text, with the setting that half A chooses; found or made."
+    preset = find_preset(preset)
+    file = Path(out)/preset.name/"interventions"/intervention/named/"text.json"
+    if file.exists(): return read_json(file, "text cost", TEXT)
+    answers = answers_of(cell(sae, named, preset, intervention, out))
+    exam, kind = exam_of(preset, out), INTERVENTIONS.named(intervention)()
+    found = find_setting(exam, with_unit_rows(sae), kind, answers=answers)
+    with TemporaryDirectory() as made:
+        model = write_unlearned(Path(made)/"model", exam, kind, found, preset.answer_model)
+        cost = text_cost(exam, hugging_face(str(preset.answer_model)), unlearned(model, preset.answer_model))
+    write_json(file, cost)
+    return cost
+
+def texts(preset: str | Preset, out: str | Path = "runs") -> dict[tuple[str, str], dict]:
+    "What cells cost in text, of those of which it is known, by dictionary and intervention."
+    root = Path(out)/find_preset(preset).name/"interventions"
+    return {(path.parent.relative_to(folder).as_posix(), folder.name): read_json(path, "text cost", TEXT)
+            for folder in sorted(root.glob("*")) for path in sorted(folder.rglob("text.json"))}
