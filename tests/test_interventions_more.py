@@ -15,7 +15,7 @@ from saenb.evals.interventions.conditional import LEVELS, retained_bars, shares_
 from saenb.evals.interventions.intervention import INTERVENTIONS, EditBatch, edited, lowest_block, plain_answers, plain_name
 from saenb.evals.random_choice import RandomChoiceSetup
 from saenb.evals.unlearned_models import find_setting, text_cost, unlearn, unlearned, write_unlearned
-from saenb.evals.unlearning import run_settings
+from saenb.evals.unlearning import answers_in, run_settings
 from saenb.sae.sae import SAE, SAEConfig
 
 INTERVENTIONS.load()
@@ -399,6 +399,18 @@ def test_unlearn_chooses_on_one_half_and_reports_the_other(few, random_sae, tmp_
         find_setting(few, SAE(random_sae.cfg), INTERVENTIONS.named("zero_ablation")())
 
 
+def test_answers_that_are_known_choose_the_same_setting(few, random_sae, stats, monkeypatch):
+    intervention, worked, known, settings = prepared("conditional_clamp", few, random_sae, stats)
+    answers = answers_in(run_settings(few, worked, settings, known, intervention)[0], few)
+    wanted = find_setting(few, random_sae, intervention)
+    monkeypatch.setattr("saenb.evals.unlearned_models.run_settings", None) # nothing is asked again
+    found = find_setting(few, random_sae, intervention, answers=answers)
+    assert all(found[k] == wanted[k] for k in ("setting", "features", "chosen_on", "reported_on"))
+    for other in (replace(answers, half=1 - answers.half), replace(answers, right=answers.right[1:], ran=answers.ran[1:])):
+        with pytest.raises(SaenbError, match="not of these settings of conditional_clamp"):
+            find_setting(few, random_sae, intervention, answers=other)
+
+
 def hugging_face(few):
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(few.model.cfg.model_name).eval()
@@ -452,7 +464,7 @@ def test_the_command(few, random_sae, tmp_path, monkeypatch, capsys):
     assert main([*asked, "--by", "raw_direktion"]) == 2 and "raw_direction" in capsys.readouterr().err
     assert main([*asked, "--by", "raw_direction", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["reported_on"] == json.loads((tmp_path/"out"/"unlearned.json").read_text())["reported_on"]
+    assert all(said[k] == json.loads((tmp_path/"out"/"unlearned.json").read_text())[k] for k in ("reported_on", "text"))
     assert saenb.unlearned(tmp_path/"out").generate(few.tokens[0][None, :9], max_new_tokens=2, do_sample=False).shape[1] <= 11
     assert main([*asked, "--by", "raw_direction"]) == 2 and "holds something already" in capsys.readouterr().err
 
@@ -482,6 +494,11 @@ def test_cells_are_made_once_and_compared(few, random_sae, tmp_path, monkeypatch
     assert d.value == pytest.approx(made["clamp"]["eval_result_unstructured"]["held_out"] - made["zero_ablation"]["eval_result_unstructured"]["held_out"])
     assert d.low <= d.value <= d.high and d.seeds == 1
     assert table.picture(found).axes
+    monkeypatch.setattr(table, "exam_of", exam_of)
+    cost = table.text_of(random_sae, "random", preset, "clamp", tmp_path)
+    assert cost["retain"]["divergence"] > 0 and table.texts(preset, tmp_path) == {("random", "clamp"): cost}
+    monkeypatch.setattr(table, "text_cost", None) # it is found
+    assert table.text_of(random_sae, "random", preset, "clamp", tmp_path) == cost
 
 
 def result_of(right, ran=None):
