@@ -400,14 +400,14 @@ def test_unlearn_chooses_on_one_half_and_reports_the_other(few, random_sae, tmp_
 
 
 def test_answers_that_are_known_choose_the_same_setting(few, random_sae, stats, monkeypatch):
-    intervention, worked, known, settings = prepared("conditional_clamp", few, random_sae, stats)
+    intervention, worked, known, settings = prepared("raw_direction", few, random_sae, stats)
     answers = answers_in(run_settings(few, worked, settings, known, intervention)[0], few)
     wanted = find_setting(few, random_sae, intervention)
     monkeypatch.setattr("saenb.evals.unlearned_models.run_settings", None) # nothing is asked again
     found = find_setting(few, random_sae, intervention, answers=answers)
     assert all(found[k] == wanted[k] for k in ("setting", "features", "chosen_on", "reported_on"))
     for other in (replace(answers, half=1 - answers.half), replace(answers, right=answers.right[1:], ran=answers.ran[1:])):
-        with pytest.raises(SaenbError, match="not of these settings of conditional_clamp"):
+        with pytest.raises(SaenbError, match="not of these settings of raw_direction"):
             find_setting(few, random_sae, intervention, answers=other)
 
 
