@@ -278,11 +278,9 @@ def unlearn_command(args):
     sae, preset, *_ = judged(args)
     made = unlearn_with(sae, preset, args.by, args.out, args.records)
     if args.json: return made
-    print("{} holds the model. Of questions that chose nothing, "
-          "{:.1%} of those to forget and {:.1%} of the others "
-          "are still right.".format(args.out, *made["reported_on"].values()))
-    print("On retained text its perplexity is {1:.2f}, before {0:.2f}; of what it writes {3:.0%} repeats what it "
-          "wrote, before {2:.0%}.".format(*made["text"]["retain"]["perplexity"], *made["text"]["repeated"]))
+    print("{} holds the model. Of questions that chose nothing, {:.1%} of those to forget and {:.1%} of the others are "
+          "still right; on retained text its perplexity is {:.2f}, before {:.2f}.".format(
+              args.out, *made["reported_on"].values(), *made["text"]["retain"]["perplexity"][::-1]))
 
 # %% ../nbs/5_laboratory/129_cli.ipynb #76f3eebd
 @command(PRESET, OUT, option("--figures", default="figures", help="folder of the figures (default: figures)"))
