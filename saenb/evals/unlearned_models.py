@@ -204,7 +204,7 @@ def text_cost(
         tokens, keep = (torch.cat(columns)[:rows] for columns in zip(*parts))
         told = [_told(before, after, *row) for row in zip(tokens.split(1), keep.split(1))]
         ones, others, apart = (torch.cat(column).mean().item() for column in zip(*told))
-        found[side] = dict(perplexity=[math.exp(ones), math.exp(others)], divergence=apart)
+        found[side] = dict(perplexity=[math.exp(min(lost, 700)) for lost in (ones, others)], divergence=apart)
     begun = tokens[:, :BEGINNING].to(before.device)
     return found | dict(repeated=[_repeated(model, begun, length) for model in (before, after)])
 
