@@ -202,15 +202,15 @@ def text_cost(
     for side in ("forget", "retain"):
         parts = [(tokens, keep) for tokens, _, keep in exam.readings.corpus(exam.setup, side)]
         tokens, keep = (torch.cat(columns)[:rows] for columns in zip(*parts))
-        told = [_told(before, after, *row) for row in zip(tokens.split(1), keep.split(1))]
-        ones, others, apart = (torch.cat(column).mean().item() for column in zip(*told))
+        seen = [_compared(before, after, *row) for row in zip(tokens.split(1), keep.split(1))]
+        ones, others, apart = (torch.cat(column).mean().item() for column in zip(*seen))
         found[side] = dict(perplexity=[math.exp(min(lost, 700)) for lost in (ones, others)], divergence=apart)
     begun = tokens[:, :BEGINNING].to(before.device)
     return found | dict(repeated=[_repeated(model, begun, length) for model in (before, after)])
 
 BEGINNING, GRAM = 12, 4 # tokens of a row that are given, and of what may repeat
 
-def _told(before, after, tokens, keep):
+def _compared(before, after, tokens, keep):
     "What either model finds unlikely in a row, token by token, and how far their forecasts are apart."
     there, following = keep[0, 1:], tokens[0, 1:].to(before.device)
     ones, others = (model(tokens.to(model.device)).logits[0, :-1].float().log_softmax(-1)[there]
