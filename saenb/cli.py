@@ -115,7 +115,7 @@ def reproduce_command(args):
 
 # %% ../nbs/5_laboratory/129_cli.ipynb #62d4cc20
 # options that are fields of TrainConfig
-TRAINING = ("steps", "tokens", "batch", "lr", "sparsity_penalty", "normalise", "checkpoint_every")
+TRAINING = ("steps", "tokens", "batch", "lr", "sparsity_penalty", "normalise", "rows", "checkpoint_every")
 
 SEVERAL = ( # dictionaries in one pass
     option("--each", metavar="SETTING=VALUES", help="a dictionary for each value, as in k=16,32,64, all in "
@@ -133,13 +133,13 @@ SEVERAL = ( # dictionaries in one pass
                "--mechanisms there"),
     option("--d-sae", type=above_zero, help="features (default: four times the stream's width)"),
     option("--steps", type=whole, help="training steps"),
-    option("--tokens", type=whole, help="tokens to read, instead of --steps "
-               "(default: all of the store once)"),
+    option("--tokens", type=whole, help="tokens to read, instead of --steps (default: all of the store once)"),
     option("--batch", type=above_zero, help="tokens a step, of all processes together (default: 2048)"),
     option("--lr", type=float, help="learning rate (default: 3e-4)"),
     option("--sparsity-penalty", type=float, help="weight of the L1 term (default: 0.04)"),
     option("--normalise", choices=("length", "dimension"), help="train on a stream of length one on average "
                "(default), or of equal variance in every dimension; folded back in what is saved"),
+    option("--rows", choices=("unit", "free"), help="decoder rows of length one (default), or free in training"),
     option("--seed", type=whole, default=0),
     option("--checkpoint-every", type=above_zero, help="steps between checkpoints (default: 500)"),
     option("--live", action="store_true", help="read the preset's model meanwhile, and keep no store"),

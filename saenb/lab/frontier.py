@@ -52,7 +52,7 @@ def make_frontier(
             for seed in range(seeds) for changes in (grid or GRID).values() for change in changes]
 
 # %% ../../nbs/2_dictionary/36_frontier.ipynb #front002
-RATE = re.compile(r",lr=[^,]*")
+RATE = re.compile(r",(?:lr|rows)=[^,]*")
 
 def points(records: list[Record]) -> list[dict]:
     "A row for each record: its architecture, its setting and its headlines."
@@ -61,17 +61,18 @@ def points(records: list[Record]) -> list[dict]:
         found = {m: v[0] for name in r.evaluations for m, v in r.headline(name).items()}
         kind = r.config["run"].get("architecture", "relu").partition(",")[0]
         setting = RATE.sub("", r.variant)
-        rows.append(dict(architecture=kind, setting=setting, seed=r.seed, lr=r.config["training"]["lr"])
-                    | found)
+        training = r.config["training"]
+        rows.append(dict(architecture=kind, setting=setting, seed=r.seed, lr=training["lr"],
+                         rows=training.get("rows", "unit")) | found)
     return rows
 
 def frontier_records(runs, rates: bool = False) -> list[Record]:
-    "The grid's records in a preset's folder; with `rates` those at other learning rates too."
+    "The grid's records in a preset's folder; with `rates` those at other rates, or with free rows, too."
     return [r for r in find_records(runs, variant=None)
             if r.run == FRONTIER.id and (rates or not RATE.search(r.variant))]
 
 def best_rates(rows: list[dict], measure: str = "unexplained variance") -> list[dict]:
-    "Of rows that differ in the learning rate alone the lowest by a measure, if no sparser one is lower."
+    "Of rows that differ in how they were trained the lowest by a measure, if no sparser one is lower."
     best = {}
     for r in rows:
         key = r["architecture"], r["setting"], r["seed"]

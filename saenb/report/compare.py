@@ -32,6 +32,7 @@ from ..lab.records import Record, over_seeds
 from .plots import WIDE, keep, readable, run_style
 from .statistics import (
     HELD_OUT, benjamini_hochberg, difference_interval, has_answers, holm, score_interval)
+from ..train.config import LATER
 
 # %% ../../nbs/5_laboratory/118_compare.ipynb #663fa16d
 def records_under(paths: list[str | Path]) -> list[Record]:
@@ -64,12 +65,12 @@ def _numbers(record, stamps):
 
 # %% ../../nbs/5_laboratory/118_compare.ipynb #38121bcb
 CONDITIONS = dict(steps="training steps", tokens="tokens", batch="rows a batch", balanced="balanced batches",
-                  lr="learning rate", normalise="normalisation", d_sae="width", layer="layer", model="model",
-                  preset="preset")
+                  lr="learning rate", normalise="normalisation", rows="decoder rows", d_sae="width", layer="layer",
+                  model="model", preset="preset")
 
 def conditions(record: Record) -> dict:
     "What a record was made under."
-    known = dict(normalise="length") | record.config.get("training", {}) | record.config
+    known = LATER | record.config.get("training", {}) | record.config
     return {name: known[name] for name in CONDITIONS if name in known}
 
 def declared_changes(record: Record) -> set[str]:

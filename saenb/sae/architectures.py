@@ -31,6 +31,7 @@ class Architecture:
     defaults = {} # settings by name
     in_units = () # those of its parameters that are in the stream's units, as biases are
     whole_batch = False # whether a training step needs all tokens of a batch in one place
+    by_rank = False # whether features are chosen by the rank of their activations
     gated = None # what its losses need of activations behind the gates in the step under way
     # fast_step(trainer, batch) gives what `Trainer.forward` does, or None where it does not apply
     fast_step = None

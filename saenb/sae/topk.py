@@ -36,6 +36,7 @@ class TopKArchitecture(Listing, ReLU):
     name = "topk"
     defaults = dict(k=32, aux=1 / 32) # active features a token, weight of AuxK
     whole_batch = True # a feature is dead if it is silent on all tokens of every batch
+    by_rank = True
 
     def check(self, cfg):
         check_range(f"k of {self.name}", self.k, 1, cfg.d_sae)

@@ -69,6 +69,7 @@ def _tensors(self: Checkpoints) -> dict[str, torch.Tensor]:
     state |= {f"mechanisms.{k}": v for k, v in self.mechanisms.state_dict().items()}
     for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"]):
         state |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state[p].items()}
+    if self.free: state |= dict(lengths=self.free.lengths)
     return state | dict(since_fired=self.since_fired, draws=self.generator.get_state())
 
 @patch
@@ -105,6 +106,7 @@ def _restore(self: Checkpoints, tensors, about):
         self.optimizer.state[p] = {k: v.to(p.device) if k == "step" else torch.empty_like(p).copy_(v)
                                    for k, v in part(f"adam.{i}.").items()}
     self.since_fired.copy_(tensors["since_fired"])
+    if self.free: self.free.lengths.copy_(tensors["lengths"])
     self.none_dead_before = about["step"] + self.dead_after - tensors["since_fired"].max().item()
     self.generator.set_state(tensors["draws"])
     self.index = self._saved = about["step"]

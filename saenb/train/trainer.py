@@ -25,7 +25,8 @@ from ..base.files import add_line, hold_memory
 from ..data.store import Batch, Store, ahead
 from ..sae.sae import SAE
 from .checkpoint import LOG, Checkpoints
-from .config import TrainConfig, fast_precision, reconstruction_loss, remove_parallel_gradient
+from .config import (
+    FreeRows, TrainConfig, fast_precision, reconstruction_loss, remove_parallel_gradient)
 from .mechanism import Mechanism, Step
 
 # %% ../../nbs/2_dictionary/27_trainer.ipynb #118515a7
@@ -59,6 +60,7 @@ class Trainer(Checkpoints):
         self.since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=sae.device)
         # steps of silence after which a feature counts as dead, and a step before which none can
         self.dead_after = self.none_dead_before = max(1, min(500, self.steps // 4))
+        self.free = self._free_rows()
         self.optimizer = self._optimizer()
         self._terms, self._pending, self._order = None, [], None
 
@@ -75,6 +77,16 @@ def _optimizer(self: Trainer):
     if own: groups.append(dict(params=own))
     if lengths: groups.append(dict(params=lengths, rate=scale))
     return torch.optim.Adam([dict(rate=1.0) | g for g in groups], lr=self.cfg.lr, fused=True)
+
+@patch
+def _free_rows(self: Trainer) -> FreeRows | None:
+    "The lengths of decoder rows, where they are free."
+    if self.cfg.rows == "unit": return None
+    if not self.sae.architecture.by_rank:
+        raise SaenbError(f"Decoder rows can be free where features are chosen by rank, and in "
+                         f"{self.sae.cfg.architecture} they are not; leave rows=free out, or choose topk, "
+                         "batchtopk or matryoshka.")
+    return FreeRows(self.sae)
 
 @patch
 def with_hook(self: Trainer, hook: str) -> list[Mechanism]:
@@ -141,9 +153,11 @@ def one_step(self: Trainer, batch: Batch):
     loss.backward()
     for m in self.with_hook("after_backward"): m.after_backward(step)
     remove_parallel_gradient(sae)
+    if self.free: self.free.release(sae)
     self.optimizer.step()
     self.optimizer.zero_grad()
-    sae.unit_rows()
+    if self.free: self.free.gather(sae)
+    else: sae.unit_rows()
     with torch.no_grad():
         self._note(step, loss)
         sae.architecture.after_step(step)
@@ -222,6 +236,7 @@ def reset_features(self: Trainer, which: torch.Tensor, rows: torch.Tensor, x: to
     "Reset features [k] to given directions [k, d_in], with thresholds set on tokens `x`; nothing old is left."
     self.sae.W_dec[which] = torch.nn.functional.normalize(rows, dim=1).to(self.sae.dtype)
     self.sae.init_features(x, which)
+    if self.free: self.free.shorten(self.sae, which)
     self.sae.architecture.restart(self.sae, which)
     for p, dim in self._by_feature: self.reset_momentum(p, dim, which)
     self.since_fired[which] = 0
@@ -256,7 +271,8 @@ def _change_places(self: Trainer):
     for p, dim in self._by_feature:
         for t in (p, *(v for v in self.optimizer.state[p].values() if v.shape == p.shape)):
             t.copy_(t.index_select(dim, self._order))
-    self.since_fired.copy_(self.since_fired[self._order])
+    for kept in (self.since_fired, *([self.free.lengths] if self.free else [])):
+        kept.copy_(kept[self._order])
     for m in self.with_hook("reorder"): m.reorder(self._order)
     self._order = None
 
