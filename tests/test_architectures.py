@@ -469,6 +469,17 @@ def test_another_packages_points_keep_their_better_rate_and_are_compared_at_thei
     rows = [dict(architecture="topk", setting=str(k), L0=k) | {key: left} for k, left in ((5, 0.5), (20, 0.1))]
     [found] = at_same_count(rows, others, key) # 40 lies beyond our curve
     assert found["SAELens"] == 0.3 and found["saenb"] == pytest.approx(0.3) # 10 is halfway between 5 and 20 on this axis
+    [end] = at_same_count(rows, [dict(architecture="SAELens topk", setting="k=20", L0=20.4) | {key: 0.2}], key)
+    assert end["saenb"] == 0.1 # a count may differ a little from the k that is asked for
+
+
+def test_a_curve_is_of_one_way_to_train_unless_all_are_asked_for():
+    from saenb.lab.frontier import frontier_records, points
+    root = Path(__file__).parent.parent/"runs"/"architectures-full"
+    one, every = (points(frontier_records(root, rates=rates)) for rates in (False, True))
+    assert {r["rows"] for r in one} == {"unit"} and {r["rows"] for r in every} == {"unit", "free"}
+    assert len({r["lr"] for r in one}) == 1 < len({r["lr"] for r in every})
+    assert {r["setting"] for r in every} == {r["setting"] for r in one}
 
 
 def test_a_record_names_its_architecture(tmp_path):

@@ -155,11 +155,11 @@ def beside(path: str | Path) -> list[dict]:
             for p in read_json(path, "table of SAELens' dictionaries")["points"]]
 
 def at_same_count(rows: list[dict], others: list[dict], measure: str) -> list[dict]:
-    "What our curve has at the L0 of each of another package's points that it spans, beside that point."
+    "What our curve has at the L0 of each of another package's points beside it, where both reach."
     ours, found = curves(rows, measure), []
     for r in others:
         x, mean, *_ = np.array(ours[r["architecture"].rpartition(" ")[2]]).T
-        if x[0] <= r["L0"] <= x[-1]:
+        if 0.97 * x[0] <= r["L0"] <= 1.03 * x[-1]: # counts differ a little from the k that is asked for
             here = np.interp(np.log(r["L0"]), np.log(x), mean)
             found.append({"architecture": r["architecture"], "L0": r["L0"], "SAELens": r[measure],
                           "saenb": here})
