@@ -108,6 +108,15 @@ def test_gradients_are_counted_once(made, run):
     for name, gradient in one.items(): torch.testing.assert_close(two[name], gradient, rtol=1e-9, atol=1e-12 * max(g.norm() for g in one.values()).item())
 
 
+def test_two_processes_train_free_rows_as_one_does(store, tmp_path):
+    given = dict(architecture="topk,k=8", rows="free", steps=60, batch=256, d_sae=96, lr=0.01)
+    one = train(store.path, tmp_path/"one", progress=False, **given).sae
+    done = torchrun("-m", "saenb", "train", store.path, tmp_path/"two", *params(**given))
+    assert done.returncode == 0, done.stderr
+    two = load_sae(tmp_path/"two"/"sae")
+    for name, p in one.named_parameters(): torch.testing.assert_close(getattr(two, name), p, rtol=0, atol=1e-4 * p.abs().max().item())
+
+
 @pytest.fixture(scope="module")
 def baseline(store, tmp_path_factory):
     """What one process makes of the settings below."""

@@ -285,8 +285,7 @@ class FeatureTrainer(SharedTrainer):
         order = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
         moments = {f"adam.{i}.{moment}": DIVIDED[name] for i, name in enumerate(order) if name in DIVIDED
                    for moment in ("exp_avg", "exp_avg_sq")}
-        kept = dict(since_fired=0, **dict.fromkeys(["lengths"] if self.free else [], 0))
-        return {f"sae.{name}": dim for name, dim in DIVIDED.items()} | moments | kept
+        return {f"sae.{name}": dim for name, dim in DIVIDED.items()} | moments | dict(since_fired=0)
 
     def _write(self, tensors, about):
         write_divided(self.out/CHECKPOINT, tensors, about, self._divided, self.ranks)
