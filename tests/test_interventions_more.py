@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from saenb.base.errors import SaenbError
+from saenb.base.files import read_json, write_json
 from saenb.data.sources import TextSource
 from saenb.evals.exam import Exam, Grid, UnlearningSetup, feature_stats
 from saenb.evals.interventions import crisp, guardrail, rmu
 from saenb.evals.interventions.conditional import LEVELS, retained_bars, shares_above
 from saenb.evals.interventions.intervention import INTERVENTIONS, EditBatch, edited, lowest_block, plain_answers, plain_name
 from saenb.evals.random_choice import RandomChoiceSetup
-from saenb.evals.unlearned_models import find_setting, text_cost, unlearn, unlearned, write_unlearned
+from saenb.evals.unlearned_models import TEXT, find_setting, text_cost, unlearn, unlearned, write_unlearned
 from saenb.evals.unlearning import answers_in, run_settings
 from saenb.sae.sae import SAE, SAEConfig
 
@@ -436,6 +437,17 @@ def test_what_a_change_costs_in_text_against_transformers_own_loss(few):
         assert none[side]["divergence"] == pytest.approx(0, abs=1e-6)
         assert none[side]["perplexity"][0] == none[side]["perplexity"][1] == cost[side]["perplexity"][0]
     assert none["repeated"][0] == none["repeated"][1]
+
+
+def test_a_text_that_can_no_longer_be_foreseen_has_a_cost_that_can_be_read_again(few, tmp_path):
+    """Whatever the loss, a file that is written is taken back."""
+    before, broken = hugging_face(few), hugging_face(few)
+    broken.config.final_logit_softcapping = None
+    with torch.no_grad(): broken.get_output_embeddings().weight.mul_(1e4)
+    cost = text_cost(few, before, broken, rows=2, length=4)
+    write_json(tmp_path/"text.json", cost)
+    assert read_json(tmp_path/"text.json", "text cost", TEXT) == cost
+    assert cost["forget"]["divergence"] > 100 and 1e29 < cost["forget"]["perplexity"][1] < 1e30
 
 
 @pytest.mark.parametrize("written, share", [([7] * 12, 8 / 9), (list(range(20, 32)), 0), ([20, 21, 22], 0), ([20, 21, 22, 23, 24] * 2, 2 / 7)])
