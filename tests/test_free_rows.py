@@ -63,6 +63,12 @@ def test_what_is_trained_has_rows_of_length_one_and_explains_the_stream(kind, st
     assert ((sae(x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item() < 0.5
 
 
+@pytest.mark.parametrize("run", ["contrastive/3", "positional/10", "dual_objective/5"])
+def test_ideas_take_part(run, store, tmp_path):
+    sae = train(store.path, tmp_path, run=run, architecture="topk,k=8", rows="free", steps=20, batch=256, d_sae=96, progress=False).sae
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(96), atol=1e-5) and sae.W_enc.isfinite().all()
+
+
 def test_a_training_that_is_stopped_ends_with_the_same_bytes(store, tmp_path):
     whole = fit(store, "topk,k=8", out=tmp_path/"whole")
 
