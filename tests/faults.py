@@ -197,6 +197,7 @@ def killed_in_evaluation(lab):
     for name in ("evals", "final_info.json", "notes.md"): (shutil.rmtree if name == "evals" else os.remove)(record/name)
     lab.kill(lab.start(*lab.run(out)), (record/"evals"/"unlearning.json").exists)
     assert not (record/"final_info.json").exists()
+    (record/"evals"/".unlearning.lock").touch() # what a kill between a result and its lock's end leaves
     kept = record/"sae"/"sae_weights.safetensors", record/"evals"/"unlearning.json"
     before, first = stamps(*kept), kept[1].read_text()
     said = lab.call(*lab.run(out)).well()
