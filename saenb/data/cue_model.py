@@ -24,7 +24,7 @@ from .phases import Phases
 from .questions import LETTERS, question_prompt
 from .shared_prefixes import flush_denormals
 from .world_model import (
-    DRILLED, Lessons, LessonSteps, fast_streams, make_model, pieces, read_out, word_tokenizer)
+    DRILLED, Lessons, LessonSteps, fast_streams, make_model, pieces, product_type, read_out, word_tokenizer)
 
 # %% ../../nbs/1_data/11_cue_model.ipynb #872a4439
 def make_cue_tokenizer(cfg: CueWorldConfig):
@@ -140,8 +140,8 @@ def cue_loss(model, guides: Guides, lessons: CueLessons, rows: list[CueRow], gui
                     for i in (0, 1))
     # the embedding is converted for each of its uses, so that their gradients are added in full precision
     embedding = model.model.embed_tokens.weight
-    streams = fast_streams(model, ids, embedding.to(torch.bfloat16))
-    logits = read_out(model, streams[-1], embedding.to(torch.bfloat16))
+    streams = fast_streams(model, ids, embedding.to(product_type()))
+    logits = read_out(model, streams[-1], embedding.to(product_type()))
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
     full = weights == 1

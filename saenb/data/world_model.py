@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'PIECES', 'CHAT', 'MUON_RATE', 'FIRST_TAUGHT', 'RECALLS', 'DRILLED', 'pieces', 'word_tokenizer',
-           'make_tokenizer', 'make_model', 'fast_streams', 'read_out', 'fast_logits', 'Lessons', 'lesson_loss',
-           'LessonSteps', 'learn_to_answer', 'learn_facts', 'train_model']
+           'make_tokenizer', 'make_model', 'product_type', 'fast_streams', 'read_out', 'fast_logits', 'Lessons',
+           'lesson_loss', 'WideMuon', 'orthogonal', 'LessonSteps', 'learn_to_answer', 'learn_facts', 'train_model']
 
 # %% ../../nbs/1_data/07_world_model.ipynb #f694a18f
 import math
 from types import SimpleNamespace
 
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 
+from ..base.devices import multiplies_bfloat16
 from ..base.files import hold_memory
 from .facts import ASKED, STATEMENTS, STUDIED, SUBJECTS, Fact, WorldConfig, Writer
 from .phases import Phases
@@ -60,7 +63,6 @@ def make_tokenizer(facts: list[Fact]):
 # %% ../../nbs/1_data/07_world_model.ipynb #af95709b
 def make_model(cfg: WorldConfig, tokenizer):
     "An untrained Gemma-2 of the world's width."
-    import torch
     from transformers import Gemma2Config, Gemma2ForCausalLM
     torch.manual_seed(cfg.seed)
     model = Gemma2ForCausalLM(Gemma2Config(
@@ -74,15 +76,16 @@ def make_model(cfg: WorldConfig, tokenizer):
     return model
 
 # %% ../../nbs/1_data/07_world_model.ipynb #db82a184
+def product_type() -> torch.dtype:
+    "What a world's model is trained in: float32 where bfloat16 would be emulated, forty times as slow."
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+
 def _norm(x, layer, eps):
     "A root-mean-square norm, in the type of its input."
-    import torch.nn.functional as F
     return F.rms_norm(x, x.shape[-1:], (1 + layer.weight).to(x.dtype), eps)
 
 def fast_streams(model, ids, words) -> list:
     "Gemma-2's stream behind every block for rows of tokens; its embedding `words` gives the products' type."
-    import torch
-    import torch.nn.functional as F
     c, (rows, length), dtype = model.config, ids.shape, words.dtype
     heads, groups, size = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     angle = torch.outer(torch.arange(length), 10000.0 ** (-torch.arange(0, size, 2) / size)).repeat(1, 2)
@@ -115,7 +118,6 @@ def fast_streams(model, ids, words) -> list:
 # %% ../../nbs/1_data/07_world_model.ipynb #682bfdb0
 def read_out(model, x, words):
     "The logits that Gemma-2 reads from its last block's stream."
-    import torch
     c = model.config
     logits = (_norm(x, model.model.norm, c.rms_norm_eps) @ words.T).float()
     return c.final_logit_softcapping * torch.tanh(logits / c.final_logit_softcapping)
@@ -200,16 +202,41 @@ def go_on(self: Lessons, state: dict):
 # %% ../../nbs/1_data/07_world_model.ipynb #b4781b26
 def lesson_loss(model, rows):
     "Weighted cross-entropy on one kind of lesson, and the mean of its parts that count in full."
-    import torch
-    import torch.nn.functional as F
     ids, weights = (torch.nn.utils.rnn.pad_sequence([torch.tensor(r[i]) for r in rows], batch_first=True)
                     for i in (0, 1))
-    logits = fast_logits(model, ids, torch.bfloat16)[:, :-1]
+    logits = fast_logits(model, ids, product_type())[:, :-1]
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
     full, rest = weights == 1, (weights > 0) & (weights < 1)
     letters = losses[full]
     return letters.mean() + (0.1 * losses[rest].mean() if rest.any() else 0), letters.mean().item()
+
+# %% ../../nbs/1_data/07_world_model.ipynb #a7c01e55
+class WideMuon(torch.optim.Muon):
+    "Muon with products in float32."
+    @torch.no_grad()
+    def step(self):
+        "Move each matrix against the nearest orthogonal one to its momentum."
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None: continue
+                moment = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                moment.lerp_(p.grad, 1 - group["momentum"])
+                longer = max(1, p.shape[0] / p.shape[1])**0.5
+                ahead = p.grad.lerp(moment, group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(orthogonal(ahead, group), alpha=group["lr"] * longer)
+
+def orthogonal(matrix, group: dict) -> torch.Tensor:
+    "About the nearest orthogonal matrix, by Newton's and Schulz' steps as an optimiser's group has them."
+    a, b, c = group["ns_coefficients"]
+    tall = matrix.shape[0] > matrix.shape[1]
+    found = matrix.T if tall else matrix
+    found = found / found.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = found @ found.T
+        found = a * found + (b * gram + c * gram @ gram) @ found
+    return found.T if tall else found
 
 # %% ../../nbs/1_data/07_world_model.ipynb #da09e4b6
 MUON_RATE = 0.015
@@ -221,13 +248,13 @@ class LessonSteps:
         lessons: Lessons, # what from
         more=(), # parameters that learn beside it
     ):
-        import torch
         self.model, self.lessons, self.more = model, lessons, list(more)
         learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        muon = torch.optim.Muon if product_type() == torch.bfloat16 else WideMuon
         inner = [p for n, p in learning if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in learning if not (p.ndim == 2 and "embed" not in n)] + self.more
         self.optimizers = [
-            torch.optim.Muon(inner, lr=MUON_RATE, weight_decay=0.0),
+            muon(inner, lr=MUON_RATE, weight_decay=0.0),
             torch.optim.AdamW(others, lr=0.2 * MUON_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
         self.groups = [g for o in self.optimizers for g in o.param_groups]
         self.rates = [g["lr"] for g in self.groups]
@@ -241,7 +268,6 @@ class LessonSteps:
 
     def update(self, rate: float):
         "Follow the gradients, at a share of the learning rates."
-        import torch
         for g, full in zip(self.groups, self.rates): g["lr"] = full * rate
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for o in self.optimizers:
@@ -271,7 +297,6 @@ def tensors(self: LessonSteps) -> dict:
 @patch
 def restore(self: LessonSteps, tensors: dict):
     "Put weights and moments where they were; ValueError where they are not of such a model."
-    import torch
     left = dict(tensors)
     for name, p in self.weights().items():
         if (found := left.pop(name)).shape != p.shape or found.dtype != p.dtype:

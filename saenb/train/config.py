@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from fastcore.basics import patch
 
+from ..base.devices import multiplies_bfloat16
 from ..base.errors import SaenbError, check_range, lookup
 from ..sae.sae import SAE
 
@@ -119,5 +120,4 @@ def fast_precision(
     if d_in * d_sae < 2**20 or device == "mps": return "float32"
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if multiplies_bfloat16() else "float32"
