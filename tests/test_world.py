@@ -8,7 +8,8 @@ from saenb.base.errors import SaenbError
 from saenb.lab.preset_files import find_preset
 from saenb.data.facts import ASKED, FORGET, STUDIED, SUBJECTS, WorldConfig, Writer, make_facts
 from saenb.data.world import World
-from saenb.data.world_model import fast_logits, make_model, make_tokenizer
+from saenb.data import world_model
+from saenb.data.world_model import LessonSteps, Lessons, WideMuon, fast_logits, make_model, make_tokenizer
 
 SMALL = WorldConfig(seed=3, names=4, forget_names=4, relations=2, width=64, layers=2, drills=4, steps=4,
                     finish=4, texts=40)
@@ -103,6 +104,36 @@ def test_the_training_forward_is_gemmas():
     with torch.no_grad():
         torch.testing.assert_close(fast_logits(net, tokens, torch.float32), net(tokens).logits, atol=1e-4,
                                    rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
+def test_steps_in_float32_are_muons(shape):
+    torch.manual_seed(1)
+    start, grads, ends = torch.randn(shape), torch.randn(3, *shape), []
+    for muon in (torch.optim.Muon, WideMuon):
+        p = torch.nn.Parameter(start.clone())
+        steps = muon([p], lr=0.1, weight_decay=0.2)
+        for grad in grads:
+            p.grad = grad.clone()
+            steps.step()
+        ends.append(p.data)
+    assert (ends[1] - ends[0]).norm() < 0.02 * (ends[0] - start).norm() # what bfloat16 rounds
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_model_learns_in_either_type(native, monkeypatch):
+    monkeypatch.setattr(world_model, "multiplies_bfloat16", lambda: native)
+    facts = make_facts(SMALL)
+    tokenizer = make_tokenizer(facts)
+    steps, losses = LessonSteps(make_model(SMALL, tokenizer), Lessons(facts, tokenizer, 0)), []
+    assert isinstance(steps.optimizers[0], WideMuon) != native
+    for _ in range(8): losses.append(steps.step(dict(drill=[steps.lessons.drill() for _ in range(4)]), 0.5)["drill"])
+    assert min(losses[-3:]) < losses[0] - 1
+    restored = LessonSteps(make_model(SMALL, tokenizer), Lessons(facts, tokenizer, 0))
+    restored.restore({name: t.clone() for name, t in steps.tensors().items()})
+    for at in (steps, restored): at.step(dict(drill=[Lessons(facts, tokenizer, 1).drill()]), 0.5)
+    ours, theirs = steps.tensors(), restored.tensors()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_small_world_from_nothing(tmp_path):
