@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from saenb.data.world import EDITIONS, World
+from saenb.data.world import EDITIONS, ENOUGH_KNOWN, World
 from saenb.ideas.run import all_runs
 from saenb.lab.intervention_table import main_evaluation
 from saenb.lab.preset_files import find_preset
@@ -22,7 +22,6 @@ from saenb.lab.runner import run
 
 HERE = Path(__file__).resolve().parent
 KEPT = ("held_out", "held_out_selectivity")
-KNOWN = 0.95 # share of its questions that a world's model has to know
 
 
 def main():
@@ -38,7 +37,7 @@ def main():
     folder, edition = given.out/f"cues-{given.world}", EDITIONS[2]
     world = World(folder) if (folder/"world.json").exists() else World.build(folder, edition.config(seed=given.world, steps=given.steps))
     print(f"{world}: {world.about['known']:.1%} of its questions are known", flush=True)
-    if world.about["known"] < KNOWN: sys.exit(f"worlds: that is too few to judge by; delete {folder} and give it more --steps.")
+    if world.about["known"] < ENOUGH_KNOWN: sys.exit(f"worlds: that is too few to judge by; delete {folder} and give it more --steps.")
     preset = find_preset(f"{folder}-full")
     preset = replace(preset, recorded=(main_evaluation(),))
 

@@ -570,6 +570,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'saenb.data.world.World.cues': ('1_data/world.html#world.cues', 'saenb/data/world.py'),
                                   'saenb.data.world.World.default': ('1_data/world.html#world.default', 'saenb/data/world.py'),
                                   'saenb.data.world.World.facts': ('1_data/world.html#world.facts', 'saenb/data/world.py'),
+                                  'saenb.data.world.World.knowledge': ('1_data/world.html#world.knowledge', 'saenb/data/world.py'),
                                   'saenb.data.world.World.model': ('1_data/world.html#world.model', 'saenb/data/world.py'),
                                   'saenb.data.world.World.question_sources': ( '1_data/world.html#world.question_sources',
                                                                                'saenb/data/world.py'),

@@ -312,7 +312,7 @@ def world_command(args):
                          f"give --{edition.dial}, or another --edition.")
     world = World.build(args.folder, edition.config(seed=args.seed, **dials))
     if args.json: return world.about
-    print(f"The world is in {world.path}; it knows {world.about['known']:.1%} of its questions.")
+    print(f"The world is in {world.path}; it knows {world.knowledge()}.")
 
 # %% ../nbs/5_laboratory/129_cli.ipynb #fetch001
 @command(option("model", nargs="?", help="its name (default: list what there is)"),

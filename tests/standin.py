@@ -201,9 +201,11 @@ max_k_value = 3
 
 def make(folder: str | Path) -> Path:
     "The stand-in and its preset; gives the preset's path."
+    from saenb.base.devices import multiplies_bfloat16
     folder, draw = Path(folder), random.Random(0)
     for write in (write_corpora, write_questions, write_probing_sets, write_models): write(folder/"hub", draw)
-    (folder/"standin.toml").write_text(PRESET)
+    # which a processor without bfloat16 only emulates
+    (folder/"standin.toml").write_text(PRESET if multiplies_bfloat16() else 'model_dtype = "float32"\n' + PRESET)
     return folder/"standin.toml"
 
 

@@ -415,6 +415,15 @@ def test_the_command_builds_what_was_asked_for(asked, cfg, world, tmp_path, monk
     assert built == [(str(tmp_path/"w"), cfg)] and "% of its questions" in capsys.readouterr().out
 
 
+def test_a_world_says_that_its_model_knows_too_little(world, tmp_path, monkeypatch, capsys):
+    short = World(world.path)
+    monkeypatch.setitem(short.about, "known", 0.71)
+    monkeypatch.setattr(World, "build", lambda *_: short)
+    assert main(["world", "build", str(tmp_path/"w")]) == 0
+    assert "it knows 71.0% of its questions, too few to judge by." in capsys.readouterr().out
+    assert "too few" in repr(short) and "too few" not in repr(World.default()) + repr(World.cues())
+
+
 @pytest.mark.parametrize("asked, said", [
     ("--telling 0.5", "--telling is no setting of edition 1; give --overlap"),
     ("--edition 2 --overlap 0.5", "--overlap is no setting of edition 2; give --telling"),

@@ -70,17 +70,17 @@ def torchrun(*arguments, start=subprocess.run, **options):
 def params(**options): return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
-def alike(one, two, tolerance=1e-4):
+def alike(one, two, tolerance=1e-4, slack=1):
     """Check that two folders hold the same training, but for rounding."""
     a, b = (read_log(folder/LOG) for folder in (one, two))
     assert [(line.keys(), line["step"]) for line in a] == [(line.keys(), line["step"]) for line in b] and len(a) > 5
     assert max(abs(y["loss"] / x["loss"] - 1) for x, y in zip(a, b)) < tolerance
-    assert max(abs(y["l0"] - x["l0"]) for x, y in zip(a, b)) < 0.02 * a[0]["l0"] and a[-1]["dead"] == pytest.approx(b[-1]["dead"], abs=0.02)
+    assert max(abs(y["l0"] - x["l0"]) for x, y in zip(a, b)) < 0.02 * slack * a[0]["l0"] and a[-1]["dead"] == pytest.approx(b[-1]["dead"], abs=0.02)
     one, two = (load_sae(folder/"sae") for folder in (one, two))
     nearest = (two.W_dec @ one.W_dec.T).argmax(1) # features may have changed places in another order, where it is a matter of rounding
     assert len(nearest.unique()) > 0.98 * len(nearest)
-    for weights in (one.W_enc.T[nearest] - two.W_enc.T, one.W_dec[nearest] - two.W_dec): assert weights.norm(dim=1).quantile(0.98) < 0.02
-    torch.testing.assert_close(one.b_dec, two.b_dec, rtol=0, atol=1e-3 * one.cfg.scale)
+    for weights in (one.W_enc.T[nearest] - two.W_enc.T, one.W_dec[nearest] - two.W_dec): assert weights.norm(dim=1).quantile(0.98) < 0.02 * slack
+    torch.testing.assert_close(one.b_dec, two.b_dec, rtol=0, atol=1e-3 * slack * one.cfg.scale)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,8 @@ def made(store, tmp_path_factory):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_end_as_one_does(made, run):
-    alike(made/"one"/run, made/"two"/run, 2e-3 if run == "positional/10" else 1e-4) # which multiplies what rounding leaves, step by step
+    # positional/10 multiplies what rounding leaves, step by step
+    alike(made/"one"/run, made/"two"/run, *(1e-2, 5) if run == "positional/10" else ())
 
 
 @pytest.mark.parametrize("run", [r for r in RUNS if r != "positional/10"])

@@ -3,8 +3,10 @@ import json
 import threading
 
 import pytest
+import torch
 
-from saenb.base.errors import SaenbError
+from saenb.base.errors import SaenbError, warn_once
+from saenb.data import sources
 from saenb.data.sources import QuestionSource, TextSource, boot, sided_texts
 
 
@@ -91,6 +93,14 @@ def gated_hub():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+@pytest.mark.parametrize("native, dtype, warned", [(False, "bfloat16", True), (True, "bfloat16", False), (False, "float32", False)])
+def test_a_type_that_is_only_emulated_is_said(native, dtype, warned, world, monkeypatch, capsys):
+    warn_once.cache_clear()
+    monkeypatch.setattr(sources, "multiplies_bfloat16", lambda: native)
+    assert boot(world.path/"model", "cpu", dtype).W_E.dtype == getattr(torch, dtype)
+    assert ("only emulates bfloat16" in capsys.readouterr().err) == warned
 
 
 def test_a_gated_model_without_access(saenb, one_sentence, gated_hub, tmp_path):

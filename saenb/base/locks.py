@@ -20,7 +20,8 @@ def processes() -> int:
     return (int(os.environ["WORLD_SIZE"])
             if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() else 1)
 
-def _lock_file(folder, name): return folder/(f".{name}.lock" if name else ".lock")
+def _lock_file(folder, name):
+    return folder/(f".{name}.lock" if name else ".lock")
 
 @contextmanager
 def locked(folder: str | Path, name: str = ""):
@@ -49,7 +50,8 @@ def sweep_lock(folder: str | Path, name: str = ""):
     from filelock import FileLock, Timeout
     path = _lock_file(Path(folder), name)
     if path.exists():
-        with suppress(OSError, Timeout), FileLock(path, blocking=False): path.unlink()
+        with suppress(OSError, Timeout), FileLock(path, blocking=False):
+            path.unlink()
 
 # %% ../../nbs/appendix/139_locks.ipynb #8513dc6c
 def cached_json(
