@@ -52,8 +52,6 @@ EDITIONS = {
                train_cue_model, write_cue_tasks)}
 
 # %% ../../nbs/1_data/08_world.ipynb #d54c04dd
-ENOUGH_KNOWN = 0.95 # of its questions: what a model never knew cannot be forgotten
-
 class World:
     "Facts, texts, questions and a model that knows them, in one folder."
     layer = 0 # the layer that dictionaries explain, in the first edition
@@ -88,16 +86,20 @@ class World:
         "The model, ready to be read."
         return boot(self.path/"model")
 
-    def knowledge(self) -> str:
-        "The share of its questions that its model knows."
-        known = self.about["known"]
-        return f"{known:.1%} of its questions{', too few to judge by' * (known < ENOUGH_KNOWN)}"
-
     def __repr__(self):
         dial = self.edition.dial
         return (f"World({f'edition {self.number}, ' * (self.number > 1)}seed {self.cfg.seed}, "
                 f"{dial} {getattr(self.cfg, dial)}: {len(self.facts)} facts, "
                 f"knows {self.knowledge()})")
+
+# %% ../../nbs/1_data/08_world.ipynb #kn0wnwrd
+ENOUGH_KNOWN = 0.95 # of its questions: what a model never knew cannot be forgotten
+
+@patch
+def knowledge(self: World) -> str:
+    "The share of its questions that its model knows."
+    known = self.about["known"]
+    return f"{known:.1%} of its questions{', too few to judge by' * (known < ENOUGH_KNOWN)}"
 
 # %% ../../nbs/1_data/08_world.ipynb #c0a7c005
 @patch(cls_method=True)
