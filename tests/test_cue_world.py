@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import datasets
 import pytest
@@ -24,11 +25,14 @@ from saenb.data.cue_model import GUIDE, READS, CueLessons, CueSteps, Guides, mak
 from saenb.data.cue_tasks import cue_class_words
 from saenb.data.facts import FORGET, SHARED_RELATIONS, WorldConfig
 from saenb.data.phases import CHECKPOINT, Phases
-from saenb.data.world import EDITIONS, World
+from saenb.data.questions import Questioner
+from saenb.data.sources import boot
+from saenb.data.world import EDITIONS, ENOUGH_KNOWN, World, exams
 from saenb.data.world_model import fast_logits, fast_streams, make_model
 from saenb.data.world_tasks import ORDER_TASKS, PAIRS, PROFESSIONS, biographies, order_rows
 from saenb.lab.preset_files import find_preset
 
+ROOT = Path(__file__).parent.parent
 SMALL = CueWorldConfig(seed=3, relations=2, width=32, layers=3, reading=2, steps=2, finish=2, guided=2, tuned=2,
                        first_taught=4, texts=40)
 FACTS = make_cue_facts(SMALL)
@@ -422,6 +426,17 @@ def test_a_world_says_that_its_model_knows_too_little(world, tmp_path, monkeypat
     assert main(["world", "build", str(tmp_path/"w")]) == 0
     assert "it knows 71.0% of its questions, too few to judge by." in capsys.readouterr().out
     assert "too few" in repr(short) and "too few" not in repr(World.default()) + repr(World.cues())
+
+
+def test_the_world_of_another_seed_is_another_and_is_known():
+    """The world of seed 2, which comes with the repository: other facts, from the same recipe, and a model that knows them."""
+    other, ours = World(ROOT/"benchmarks"/"worlds"/"cues-2"), World.cues()
+    assert other.cfg == replace(ours.cfg, seed=2, steps=other.cfg.steps) and other.about["known"] >= ENOUGH_KNOWN
+    theirs, facts = ({(f.name, f.relation, f.value) for f in w.facts} for w in (other, ours))
+    assert len(theirs) == len(facts) and len(theirs & facts) < len(facts) / 4
+    asked = exams(other.path, other.edition)[0]
+    known = Questioner(boot(other.path/"model", "cpu")).find_known([asked])
+    assert sum(map(len, known.values())) >= ENOUGH_KNOWN * len(asked.load())
 
 
 @pytest.mark.parametrize("asked, said", [
