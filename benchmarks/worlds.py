@@ -55,6 +55,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE/".worlds", help="where records go")
     parser.add_argument("--results", type=Path, default=HERE/"results"/"worlds.json", help="where figures go")
     given = parser.parse_args()
+    if not (given.world == "first" or given.world.isdigit()): parser.error(f"--world is {given.world}; give a seed, or `first`.")
     if given.world == "first": place = "tiny"
     else:
         build(given.worlds/f"cues-{given.world}", int(given.world), given.steps)
